@@ -1,0 +1,76 @@
+"""Forwards the public methods of the other services, bytes in and bytes out.
+
+No method is written twice: what may be called is a list, the rest comes from the descriptors.
+"""
+
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+import grpc
+from google.protobuf.descriptor_pool import Default
+
+from services.runtime.call import outgoing
+from services.runtime.errors import downstream
+
+PUBLIC = {
+    "tworoads.v1.RetrievalService": (
+        "CreateCorpus",
+        "GetCorpus",
+        "ListCorpora",
+        "DeleteCorpus",
+        "PutDocuments",
+        "GetDocument",
+        "ListDocuments",
+        "DeleteDocuments",
+        "Search",
+        "GetPolicy",
+        "SetPolicy",
+        "ListPolicies",
+    ),
+    "tworoads.v1.EmbeddingService": ("Embed", "GetModel"),
+    "tworoads.v1.GenerationService": ("GetModel",),
+}
+
+
+class Forwarder(grpc.GenericRpcHandler):
+    """Handles the public methods by calling them on `channels`, by full name of the service."""
+
+    def __init__(self, channels: Mapping[str, grpc.aio.Channel]) -> None:
+        self._handlers: dict[str, Any] = {}
+        for service, methods in PUBLIC.items():
+            described = Default().FindServiceByName(service)
+            word = described.name.removesuffix("Service").lower()
+            for name in methods:
+                method = described.methods_by_name[name]
+                path = f"/{service}/{name}"
+                self._handlers[path] = _handler(method, path, channels[service], word)
+
+    def service(self, handler_call_details: Any) -> Any:
+        return self._handlers.get(handler_call_details.method)
+
+
+def _handler(method: Any, path: str, channel: grpc.aio.Channel, word: str) -> Any:
+    kinds = {
+        (False, False): ("unary_unary", grpc.unary_unary_rpc_method_handler),
+        (False, True): ("unary_stream", grpc.unary_stream_rpc_method_handler),
+        (True, False): ("stream_unary", grpc.stream_unary_rpc_method_handler),
+        (True, True): ("stream_stream", grpc.stream_stream_rpc_method_handler),
+    }
+    kind, make_handler = kinds[method.client_streaming, method.server_streaming]
+    call_next = getattr(channel, kind)(path)
+
+    async def unary(request: Any, context: Any) -> bytes:
+        with downstream(word):
+            response: bytes = await call_next(request, **outgoing())
+            return response
+
+    async def stream(request: Any, context: Any) -> AsyncIterator[bytes]:
+        with downstream(word):
+            call = call_next(request, **outgoing())
+            try:
+                async for response in call:
+                    yield response
+            finally:
+                call.cancel()
+
+    return make_handler(stream if method.server_streaming else unary)
