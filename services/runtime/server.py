@@ -1,0 +1,132 @@
+"""Runs one service: health, reflection, interceptors, and a stop that drains."""
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+import grpc
+import uvloop
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from services.runtime import logs, metrics
+from services.runtime.admission import Admission
+from services.runtime.interceptors import CallInterceptor
+from services.runtime.settings import ServerSettings
+
+MEBIBYTE = 1024 * 1024
+OPTIONS = {
+    "grpc.max_receive_message_length": 4 * MEBIBYTE,
+    "grpc.so_reuseport": 0,  # a taken port is an error, not a second server behind it
+    # Clients ping every 5 s (channel.py); the default minimum would end such a connection.
+    "grpc.http2.min_ping_interval_without_data_ms": 2_000,
+    "grpc.keepalive_permit_without_calls": 1,
+    # A connection that lives for ever never learns of new replicas.
+    "grpc.max_connection_age_ms": 60_000,
+    "grpc.max_connection_age_grace_ms": 600_000,
+}
+
+log = logging.getLogger(__name__)
+
+
+class Server:
+    """A server that answers health from the start and calls once `serve` gave it a servicer."""
+
+    def __init__(
+        self,
+        server: grpc.aio.Server,
+        calls: CallInterceptor,
+        names: Sequence[str],
+        port: int,
+        metrics_port: int | None,
+    ) -> None:
+        self.port = port
+        self.metrics_port = metrics_port
+        self.health = health.aio.HealthServicer()
+        self._server = server
+        self._calls = calls
+        self._names = names
+        self._stop = asyncio.Event()
+
+    async def serve(self, *add_to_server: Callable[[grpc.aio.Server], None]) -> None:
+        """Register the servicers and report SERVING."""
+        for add in add_to_server:
+            add(self._server)
+        self._calls.serving = True
+        await self.report(health_pb2.HealthCheckResponse.SERVING)
+        log.info("%s serves on port %d", self._names[0], self.port)
+
+    async def report(self, status: Any) -> None:
+        """Set the health of every name of this server."""
+        for name in ("", *self._names):
+            await self.health.set(name, status)
+
+    def stop(self) -> None:
+        """Make `until_stopped` return."""
+        self._stop.set()
+
+    async def until_stopped(self) -> None:
+        """Return on `stop`, SIGTERM or SIGINT. A second signal ends the process at once."""
+        loop = asyncio.get_running_loop()
+
+        def on_signal() -> None:
+            if self._stop.is_set():
+                os._exit(130)
+            self._stop.set()
+
+        for sig in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(sig, on_signal)
+        await self._stop.wait()
+
+
+@asynccontextmanager
+async def running(
+    settings: ServerSettings, names: Sequence[str], trusted: bool = True
+) -> AsyncIterator[Server]:
+    """Listen while the block runs, then drain. `names` are the full names of the services.
+
+    Health is NOT_SERVING until `Server.serve`; calls are refused with UNAVAILABLE until then.
+    Raises OSError if an address is taken.
+    """
+    calls = CallInterceptor(Admission(settings.max_running, settings.max_waiting), trusted)
+    with metrics.serving(settings.metrics) as metrics_port:
+        grpc_server = grpc.aio.server(interceptors=[calls], options=list(OPTIONS.items()))
+        try:
+            port = grpc_server.add_insecure_port(settings.listen)
+        except RuntimeError as error:
+            raise OSError(f"cannot listen on {settings.listen}: is the port taken?") from error
+        server = Server(grpc_server, calls, names, port, metrics_port)
+        health_pb2_grpc.add_HealthServicer_to_server(server.health, grpc_server)
+        reflection.enable_server_reflection(
+            (*names, health.SERVICE_NAME, reflection.SERVICE_NAME), grpc_server
+        )
+        await server.report(health_pb2.HealthCheckResponse.NOT_SERVING)
+        await grpc_server.start()
+        try:
+            yield server
+        finally:
+            await server.health.enter_graceful_shutdown()
+            await asyncio.sleep(settings.drain_seconds)
+            calls.serving = False
+            # Not gRPC's own grace: that waits for those who watch the health, and they never leave.
+            with suppress(TimeoutError):
+                async with asyncio.timeout(settings.grace_seconds):
+                    await calls.ended()
+            await grpc_server.stop(None)
+
+
+def run(main: Callable[[], Coroutine[Any, Any, None]], settings: ServerSettings) -> None:
+    """Run a service's `main` to its end. What stops it is logged, and the exit code is 1."""
+    logs.configure(settings.log_level)
+    try:
+        uvloop.run(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        log.critical("stopped: %s", error, exc_info=True)
+        sys.exit(1)
