@@ -1,0 +1,53 @@
+"""`python -m services.retrieval`"""
+
+from contextlib import AbstractAsyncContextManager
+
+from tworoads.v1.embedding_pb2 import DESCRIPTOR as EMBEDDING
+from tworoads.v1.embedding_pb2_grpc import EmbeddingServiceStub
+from tworoads.v1.retrieval_pb2 import DESCRIPTOR
+from tworoads.v1.retrieval_pb2_grpc import add_RetrievalServiceServicer_to_server
+
+from services.retrieval.embedder import Embedder
+from services.retrieval.parser import Parser
+from services.retrieval.service import RetrievalService
+from services.retrieval.settings import Settings
+from services.retrieval.stores.store import Store
+from services.runtime.channel import connect
+from services.runtime.server import run, running
+
+
+def open_store(settings: Settings) -> AbstractAsyncContextManager[Store]:
+    """Return the store that the settings name. Only its own library is imported."""
+    if settings.store == "weaviate":
+        from services.retrieval.stores.weaviate import WeaviateStore
+
+        key_file = settings.weaviate_key_file
+        key = key_file.read_text().strip() if key_file else ""
+        return WeaviateStore.open(settings.weaviate_http, settings.weaviate_grpc, key)
+    from services.retrieval.stores.lancedb import LanceStore
+
+    return LanceStore.open(settings.folder)
+
+
+async def main(settings: Settings) -> None:
+    name = DESCRIPTOR.services_by_name["RetrievalService"].full_name
+    embedding = EMBEDDING.services_by_name["EmbeddingService"].full_name
+    async with (
+        running(settings, [name]) as server,
+        connect(settings.embedding, embedding) as channel,
+        open_store(settings) as store,
+        Parser(
+            processes=settings.parser_processes,
+            seconds=settings.parse_seconds,
+            memory_mb=settings.parse_memory_mb,
+        ) as parser,
+    ):
+        embedder = Embedder(EmbeddingServiceStub(channel))
+        service = RetrievalService(store, embedder, parser, settings.document_mb * 1024 * 1024)
+        await server.serve(lambda s: add_RetrievalServiceServicer_to_server(service, s))
+        await server.until_stopped()
+
+
+if __name__ == "__main__":
+    chosen = Settings(_cli_parse_args=True)  # type: ignore[call-arg]
+    run(lambda: main(chosen), chosen)

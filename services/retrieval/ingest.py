@@ -1,0 +1,295 @@
+"""Ingest: documents of one stream are parsed, chunked, embedded and committed, many at a time.
+
+What waits is committed together, passages before the documents' rows that make them current. So a
+crash leaves at most passages that nobody sees; sending the document again heals it.
+"""
+
+import asyncio
+import hashlib
+import json
+import uuid
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Literal, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from services.retrieval.chunking import chunk
+from services.retrieval.corpora import Corpora, Corpus
+from services.retrieval.embedder import Embedder
+from services.retrieval.parser import Parser
+from services.retrieval.stores.store import (
+    CorpusKey,
+    Document,
+    MetadataValue,
+    Passage,
+    Store,
+)
+from services.runtime.errors import InvalidInput
+
+AT_ONCE = 64  # documents between arrival and commit
+BYTES_AT_ONCE = 128 * 1024 * 1024
+LOOKED_UP = 256  # documents that are compared with the store in one call
+COMMITTED = 2048  # passages of one commit, more only for a document that has more
+TITLE_CHARS = 200
+
+Outcome = Literal["INDEXED", "UNCHANGED", "FAILED"]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Incoming:
+    """A document as it was sent, checked; `error` says why it cannot be indexed."""
+
+    id: str
+    title: str = ""
+    uri: str = ""
+    media_type: str = ""
+    metadata: dict[str, MetadataValue] = field(default_factory=dict)
+    content: bytes = b""
+    error: InvalidInput | None = None
+
+    def content_hash(self) -> str:
+        """Return SHA-256 over all that decides what is indexed, in hexadecimal."""
+        fields = [self.title, self.uri, self.media_type, sorted(self.metadata.items())]
+        digest = hashlib.sha256(json.dumps(fields, default=datetime.isoformat).encode())
+        digest.update(self.content)
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a document."""
+
+    id: str
+    outcome: Outcome
+    reason: str = ""
+    message: str = ""
+    passages: int = 0
+
+
+@dataclass
+class Progress:
+    """How far a stream has come."""
+
+    received: int = 0
+    finished: int = 0
+    passages: int = 0
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    document: Document
+    text: str
+    passages: list[Passage]
+    vectors: NDArray[np.float32]
+
+
+class Ingest:
+    """Indexes the documents of one stream: `put` each, `finish`, and meanwhile read `results`."""
+
+    def __init__(
+        self,
+        key: CorpusKey,
+        corpus: Corpus,
+        tokenizer: Tokenizer,
+        store: Store,
+        corpora: Corpora,
+        embedder: Embedder,
+        parser: Parser,
+        committing: asyncio.Lock,
+    ) -> None:
+        self.progress = Progress()
+        self.results: asyncio.Queue[Result | None] = asyncio.Queue()
+        self._key = key
+        self._corpus = corpus
+        self._tokenizer = tokenizer
+        self._store = store
+        self._corpora = corpora
+        self._embedder = embedder
+        self._parser = parser
+        self._committing = committing
+        self._arrived: asyncio.Queue[Incoming | None] = asyncio.Queue(LOOKED_UP)
+        self._prepared: asyncio.Queue[_Prepared | None] = asyncio.Queue(AT_ONCE)
+        self._places = asyncio.Semaphore(AT_ONCE)
+        self._room = _Room(BYTES_AT_ONCE)
+        self._on_the_way: dict[str, tuple[int, asyncio.Event]] = {}
+
+    async def put(self, document: Incoming) -> None:
+        """Take a document; waits while too many are on their way."""
+        await self._room.take(len(document.content))
+        self.progress.received += 1
+        await self._arrived.put(document)
+
+    async def finish(self) -> None:
+        """Say that no document follows."""
+        await self._arrived.put(None)
+
+    async def run(self) -> None:
+        """Work until every document has its result; None ends `results`."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._prepare_all())
+            tasks.create_task(self._commit_all())
+        await self.results.put(None)
+
+    async def _prepare_all(self) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            more = True
+            while more:
+                batch, more = await _waiting(self._arrived, LOOKED_UP)
+                for document, content_hash, stored in await self._look_up(batch):
+                    while document.id in self._on_the_way:  # twice in this stream: one by one
+                        await self._on_the_way[document.id][1].wait()
+                        stored = ""
+                    if document.error:
+                        self._failed(document, document.error)
+                    elif stored == content_hash:
+                        self._finished(Result(document.id, "UNCHANGED"), len(document.content))
+                    else:
+                        await self._places.acquire()
+                        self._on_the_way[document.id] = (len(document.content), asyncio.Event())
+                        tasks.create_task(self._prepare(document, content_hash))
+        await self._prepared.put(None)
+
+    async def _look_up(self, batch: list[Incoming]) -> list[tuple[Incoming, str, str]]:
+        """Return each document with its hash and with the one that the store has of it. What a
+        crash may have left of other versions of the unchanged ones is swept."""
+        hashes = await asyncio.to_thread(lambda: [document.content_hash() for document in batch])
+        ids = [document.id for document in batch if not document.error]
+        known = await self._store.get_versions(self._key, ids) if ids else {}
+        looked_up = [
+            (document, content_hash, known.get(document.id, ("", ""))[1])
+            for document, content_hash in zip(batch, hashes, strict=True)
+        ]
+        unchanged = {d.id: known[d.id][0] for d, own, stored in looked_up if stored == own}
+        if unchanged:
+            async with self._committing:
+                await self._store.sweep(self._key, unchanged)
+        return looked_up
+
+    async def _prepare(self, document: Incoming, content_hash: str) -> None:
+        try:
+            await self._prepared.put(await self._parse_and_embed(document, content_hash))
+        except InvalidInput as error:
+            self._leave(document.id)
+            self._failed(document, error)
+
+    async def _parse_and_embed(self, document: Incoming, content_hash: str) -> _Prepared:
+        parsed = await self._parser.parse(document.content, document.media_type)
+        chunks = await asyncio.to_thread(chunk, parsed, self._tokenizer, self._corpus.chunk_tokens)
+        version = uuid.uuid4().hex
+        title = (document.title or parsed.title or document.id)[:TITLE_CHARS]
+        passages = [
+            Passage(
+                id=f"{version}.{index}",
+                document_id=document.id,
+                document_version=version,
+                title=title,
+                uri=document.uri,
+                start=piece.start,
+                end=piece.end,
+                text=parsed.text[piece.start : piece.end],
+                page=piece.page,
+                heading_path=piece.heading_path,
+                metadata=document.metadata,
+            )
+            for index, piece in enumerate(chunks)
+        ]
+        texts = [embedded_text(passage) for passage in passages]
+        vectors = await self._embedder.documents(texts, self._corpus.embedder.hash)
+        self.progress.passages += len(passages)
+        row = Document(
+            id=document.id,
+            title=title,
+            uri=document.uri,
+            media_type=document.media_type,
+            metadata=document.metadata,
+            content_hash=content_hash,
+            version=version,
+            length=len(parsed.text),
+            passages=len(passages),
+            updated=datetime.now(UTC),
+        )
+        return _Prepared(row, parsed.text, passages, vectors)
+
+    async def _commit_all(self) -> None:
+        more = True
+        while more:
+            waiting, more = await _waiting(self._prepared, AT_ONCE)
+            group: list[_Prepared] = []
+            passages = 0
+            for prepared in waiting:
+                if group and passages + len(prepared.passages) > COMMITTED:
+                    await self._commit(group)
+                    group, passages = [], 0
+                group.append(prepared)
+                passages += len(prepared.passages)
+            if group:
+                await self._commit(group)
+
+    async def _commit(self, group: list[_Prepared]) -> None:
+        passages = [passage for prepared in group for passage in prepared.passages]
+        vectors = np.concatenate([prepared.vectors for prepared in group])
+        current = {prepared.document.id: prepared.document.version for prepared in group}
+        async with self._committing, self._corpora.changing(self._key):
+            await self._store.put_passages(self._key, passages, vectors)
+            await self._store.put_documents(self._key, [(p.document, p.text) for p in group])
+            await self._store.sweep(self._key, current)
+        for prepared in group:
+            document = prepared.document
+            size = self._leave(document.id)
+            self._finished(Result(document.id, "INDEXED", passages=document.passages), size)
+
+    def _leave(self, id: str) -> int:
+        size, left = self._on_the_way.pop(id)
+        self._places.release()
+        left.set()
+        return size
+
+    def _failed(self, document: Incoming, error: InvalidInput) -> None:
+        result = Result(document.id, "FAILED", error.reason, str(error))
+        self._finished(result, len(document.content))
+
+    def _finished(self, result: Result, size: int) -> None:
+        self._room.give(size)
+        self.progress.finished += 1
+        self.results.put_nowait(result)
+
+
+class _Room:
+    """A budget of bytes. One that is larger than the whole budget goes alone."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._taken = 0
+        self._given = asyncio.Event()
+
+    async def take(self, size: int) -> None:
+        while self._taken and self._taken + size > self._most:
+            self._given.clear()
+            await self._given.wait()
+        self._taken += size
+
+    def give(self, size: int) -> None:
+        self._taken -= size
+        self._given.set()
+
+
+def embedded_text(passage: Passage) -> str:
+    """Return what is embedded for a passage: its headings and its text."""
+    headings = " > ".join((passage.title, *passage.heading_path))
+    return f"{headings}\n{passage.text}"
+
+
+async def _waiting(queue: asyncio.Queue[T | None], most: int) -> tuple[list[T], bool]:
+    """Return what waits in the queue, at least one and at most `most`, and False at its end."""
+    items: list[T] = []
+    item = await queue.get()
+    while item is not None:
+        items.append(item)
+        if queue.empty() or len(items) == most:
+            return items, True
+        item = queue.get_nowait()
+    return items, False
