@@ -1,0 +1,45 @@
+"""The command `tworoads`."""
+
+import sys
+from collections.abc import Callable
+
+import typer
+
+from clients.cli import ask, documents, logs, status, up
+from clients.local import LocalError
+
+app = typer.Typer(
+    name="tworoads",
+    help="Answers questions about your documents, by retrieval, with citations that are checked.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (
+    up.up,
+    up.down,
+    status.status,
+    logs.logs,
+    documents.ingest,
+    documents.documents,
+    documents.delete,
+    documents.search,
+    ask.ask,
+):
+    app.command()(command)
+
+
+def main() -> None:
+    """Run the command line."""
+    run(app)
+
+
+def run(work: Callable[[], object]) -> None:
+    """Do a command's work; an error becomes one sentence and exit code 1."""
+    try:
+        work()
+    except LocalError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# The first steps with tworoads: start it, ingest the sample handbook, ask by both roads.
+set -euo pipefail
+cd "$(dirname "$0")"
+
+run() {
+  printf '\n$'
+  printf ' %q' "$@"
+  printf '\n'
+  "$@"
+}
+
+question="How many days of paid leave do full-time employees get?"
+
+tworoads status >/dev/null 2>&1 || run tworoads up --detach
+run tworoads ingest handbook --corpus handbook
+run tworoads ask "$question" --path base --max-tokens 60
+run tworoads ask "$question" --path rag --corpus handbook
+
+cat <<'NEXT'
+
+The stack goes on running. What to try next (with .venv/bin on the PATH):
+  tworoads ask "What may a hotel night in Oslo cost?" --corpus handbook
+  tworoads search "torque sensor warranty" --corpus handbook
+  tworoads ingest YOUR_FOLDER --corpus mine
+`make stop` stops it.
+NEXT
