@@ -1,0 +1,182 @@
+"""The form of the collections in Weaviate, and what it takes to compare and to find texts in them.
+
+Texts that Weaviate compares are written as hexadecimal UTF-8, because it trims and folds what it
+compares; texts to search are written as stems, because it has no stemming.
+"""
+
+import hashlib
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import Stemmer
+from weaviate import WeaviateAsyncClient
+from weaviate.classes.config import (
+    Configure,
+    DataType,
+    Property,
+    StopwordsPreset,
+    Tokenization,
+    VectorDistances,
+)
+from weaviate.classes.query import Filter as Where
+from weaviate.collections import CollectionAsync
+from weaviate.collections.classes.filters import _Filters
+from weaviate.exceptions import UnexpectedStatusCodeError
+
+from services.retrieval.stores import rows
+from services.retrieval.stores.store import Condition, Filter, MetadataValue
+
+RECORDS = "TworoadsRecords"
+DOCUMENTS = "TworoadsDocuments"
+WORD = re.compile(r"[^\W_]+")
+
+
+def passages_collection(embedder: str) -> str:
+    """Return the name of the collection of all passages whose vectors an embedder made."""
+    return "TworoadsPassages" + hashlib.sha256(embedder.encode()).hexdigest()[:16]
+
+
+async def ensure_collections(client: WeaviateAsyncClient) -> None:
+    """Create the collections that do not depend on an embedder."""
+    own = [_text("kind"), _text("tenant"), _text("name"), _text("record", indexed=False)]
+    await _ensure(client, RECORDS, own, multi_tenant=False)
+    own = [_text("key"), _text("document", indexed=False), _text("text", indexed=False)]
+    await _ensure(client, DOCUMENTS, own)
+
+
+async def ensure_passages(client: WeaviateAsyncClient, embedder: str) -> None:
+    """Create the collection of the passages of an embedder."""
+    searched = Property(
+        name="stems",
+        data_type=DataType.TEXT,
+        tokenization=Tokenization.WORD,
+        index_searchable=True,
+        index_filterable=False,
+    )
+    index = Configure.VectorIndex.hnsw(distance_metric=VectorDistances.COSINE)
+    await _ensure(
+        client,
+        passages_collection(embedder),
+        [_text("document"), _text("version"), searched, _text("passage", indexed=False)],
+        vector_config=Configure.Vectors.self_provided(vector_index_config=index),
+    )
+
+
+async def add_metadata(collection: CollectionAsync[Any, Any], columns: Iterable[str]) -> set[str]:
+    """Add the properties for metadata that are missing; return all that there are."""
+    names = await property_names(collection)
+    for column in columns:
+        if column not in names:
+            try:
+                await collection.config.add_property(_metadata(column))
+            except UnexpectedStatusCodeError:  # another process may have added it just now
+                if column not in await property_names(collection):
+                    raise
+    return names.union(columns)
+
+
+async def property_names(collection: CollectionAsync[Any, Any]) -> set[str]:
+    """Return the names of the properties of a collection."""
+    config = await collection.config.get(simple=True)
+    return {property.name for property in config.properties}
+
+
+def stems(texts: Sequence[str]) -> list[str]:
+    """Return the stems of the words of each text, without accents."""
+    stemmer = Stemmer.Stemmer("english")  # not safe to share between threads
+    plain = [unicodedata.normalize("NFKD", text).lower() for text in texts]
+    words = [WORD.findall("".join(c for c in t if not unicodedata.combining(c))) for t in plain]
+    return [" ".join(stemmer.stemWords(one)) for one in words]
+
+
+def comparable(value: str | datetime) -> str:
+    """Return a text whose identity and order are the value's."""
+    if isinstance(value, datetime):
+        value = value.astimezone(UTC).isoformat(timespec="microseconds")
+    return "x" + value.encode().hex()  # an empty text would not be indexed
+
+
+def stored(value: MetadataValue) -> str | float | bool:
+    """Return a value of metadata as its property holds it."""
+    if isinstance(value, (str, datetime)):
+        return comparable(value)
+    return value if isinstance(value, bool) else float(value)
+
+
+def where(filter: Filter) -> _Filters | None:
+    """Return the condition on the properties of passages that a filter stands for, None for all."""
+    parts = [_where(condition) for condition in filter.conditions]
+    if filter.document_ids:
+        ids = [comparable(id) for id in filter.document_ids]
+        parts.append(Where.by_property("document").contains_any(ids))
+    return Where.all_of(parts) if parts else None
+
+
+def other_than(property: str, value: Any) -> _Filters:
+    """Return the condition that a property has another value. Weaviate's own "not equal" holds for
+    objects without the property, too."""
+    own = Where.by_property(property)
+    if isinstance(value, bool):
+        return own.equal(not value)
+    return own.less_than(value) | own.greater_than(value)
+
+
+def _where(condition: Condition) -> _Filters:
+    name, value = rows.condition_column(condition), stored(condition.value)
+    own = Where.by_property(name)
+    match condition.comparator:
+        case "eq":
+            return own.equal(value)
+        case "ne":
+            return other_than(name, value)
+        case "lt":
+            return own.less_than(value)
+        case "le":
+            return own.less_or_equal(value)
+        case "gt":
+            return own.greater_than(value)
+        case "ge":
+            return own.greater_or_equal(value)
+
+
+def _text(name: str, indexed: bool = True) -> Property:
+    return Property(
+        name=name,
+        data_type=DataType.TEXT,
+        tokenization=Tokenization.FIELD,
+        index_filterable=indexed,
+        index_searchable=False,
+    )
+
+
+def _metadata(column: str) -> Property:
+    if column[0] == "n":
+        return Property(name=column, data_type=DataType.NUMBER, index_range_filters=True)
+    return Property(name=column, data_type=DataType.BOOL) if column[0] == "b" else _text(column)
+
+
+async def _ensure(
+    client: WeaviateAsyncClient,
+    name: str,
+    properties: list[Property],
+    multi_tenant: bool = True,
+    **config: Any,
+) -> None:
+    if await client.collections.exists(name):
+        return
+    tenancy = Configure.multi_tenancy(enabled=multi_tenant, auto_tenant_creation=False)
+    stop_words = Configure.inverted_index(stopwords_preset=StopwordsPreset.EN)
+    try:
+        await client.collections.create(
+            name,
+            properties=properties,
+            multi_tenancy_config=tenancy,
+            inverted_index_config=stop_words,
+            **config,
+        )
+    except UnexpectedStatusCodeError:  # another process may have created it just now
+        if not await client.collections.exists(name):
+            raise

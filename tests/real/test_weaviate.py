@@ -1,0 +1,154 @@
+"""The contract of a store on a real Weaviate server, and what happens when it comes and goes."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+import weaviate
+from weaviate.classes.init import Auth
+
+from services.retrieval.stores.store import CorpusKey, Filter, Store
+from services.retrieval.stores.weaviate import WeaviateStore
+from services.retrieval.stores.weaviate_schema import DOCUMENTS
+from services.retrieval.stores.weaviate_server import WeaviateServer, find_binary
+from services.runtime import call
+from services.runtime.errors import Overloaded, TooLate, Unavailable
+from tests.stores_contract import *  # noqa: F403
+from tests.stores_contract import make_document, make_passage, put, spread, texts
+
+KNOWN_AWAY_SECONDS = 0.1
+NOTICED_SECONDS = 2.0
+RECOVERED_SECONDS = 5.0
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def server(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[WeaviateServer]:
+    folder = tmp_path_factory.mktemp("weaviate")
+    async with WeaviateServer(await find_binary(say=print), folder) as server:
+        yield server
+
+
+@pytest.fixture
+async def store(server: WeaviateServer) -> AsyncIterator[Store]:
+    async with opened(server) as store:
+        yield store
+
+
+def opened(server: WeaviateServer) -> AbstractAsyncContextManager[WeaviateStore]:
+    return WeaviateStore.open(server.http_address, server.grpc_address, server.api_key)
+
+
+async def fails_within(seconds: float, store: Store, key: CorpusKey) -> None:
+    """Each kind of call fails so fast."""
+    for failing in (
+        store.get_record("corpus", key),
+        store.search_vector(key, spread(1)[0], 5),
+        store.search_text(key, "apple", 5),
+        store.put_passages(key, [make_passage("apple")], spread(1)),
+        store.delete_documents(key, ["a"]),
+    ):
+        started = time.monotonic()
+        with pytest.raises(Unavailable) as caught:
+            await failing
+        assert caught.value.reason == "STORE_UNAVAILABLE"
+        assert time.monotonic() - started < seconds
+
+
+async def recovers(store: Store, key: CorpusKey) -> None:
+    async with asyncio.timeout(RECOVERED_SECONDS):
+        while True:
+            try:
+                await store.get_record("corpus", key)
+                await store.search_text(key, "apple", 5)
+                return
+            except Unavailable:
+                await asyncio.sleep(0.02)
+
+
+async def test_the_server_may_come_late_go_and_come_again(tmp_path: Path, key: CorpusKey) -> None:
+    server = WeaviateServer(await find_binary(say=print), tmp_path)
+    try:
+        async with opened(server) as store:
+            await fails_within(KNOWN_AWAY_SECONDS, store, key)
+            await server.start()
+            await recovers(store, key)
+            await put(store, key, make_passage("apple"))
+            await store.put_documents(key, [(make_document("a"), "text")])
+
+            calls = [asyncio.create_task(store.search_text(key, "apple", 5)) for _ in range(20)]
+            await server.stop()
+            await fails_within(NOTICED_SECONDS, store, key)
+            await fails_within(KNOWN_AWAY_SECONDS, store, key)
+            for outcome in await asyncio.gather(*calls, return_exceptions=True):
+                assert isinstance(outcome, list | Unavailable)
+
+            await server.start()
+            await recovers(store, key)
+            assert await texts(store, key, Filter()) == ["apple"]
+            assert await store.count_documents(key) == 1
+    finally:
+        await server.stop()
+
+
+async def test_a_wrong_key_is_as_good_as_no_server(server: WeaviateServer, key: CorpusKey) -> None:
+    async with WeaviateStore.open(server.http_address, server.grpc_address, "wrong") as store:
+        await fails_within(KNOWN_AWAY_SECONDS, store, key)
+
+
+async def test_a_call_ends_with_its_deadline(store: Store, key: CorpusKey) -> None:
+    now = time.monotonic()
+    token = call.current.set(call.Call(deadline=now + call.MARGIN + 0.0005))
+    try:
+        with pytest.raises(TooLate):
+            await store.search_text(key, "apple", 5)
+        assert time.monotonic() - now < 1
+    finally:
+        call.current.reset(token)
+
+
+async def test_a_read_only_server_refuses_writes_and_answers_searches(
+    server: WeaviateServer, store: Store, key: CorpusKey
+) -> None:
+    await put(store, key, make_passage("apple"))
+    await store.put_documents(key, [(make_document("a"), "text")])
+    async with weaviate.use_async_with_custom(
+        http_host="127.0.0.1",
+        http_port=int(server.http_address.split(":")[1]),
+        http_secure=False,
+        grpc_host="127.0.0.1",
+        grpc_port=int(server.grpc_address.split(":")[1]),
+        grpc_secure=False,
+        auth_credentials=Auth.api_key(server.api_key),
+        skip_init_checks=True,
+    ) as client:
+        names = [name for name in await client.collections.list_all() if "Records" not in name]
+        for name in names:
+            config = client.collections.use(name).config
+            if name == DOCUMENTS or await client.collections.use(name).tenants.exists(key.digest):
+                await config.update_shards("READONLY", shard_names=key.digest)
+    for refused in (
+        store.put_documents(key, [(make_document("b"), "text")]),
+        store.put_passages(key, [make_passage("apple")], spread(1)),
+        store.delete_documents(key, ["a"]),
+    ):
+        with pytest.raises(Overloaded) as caught:
+            await refused
+        assert caught.value.reason == "STORE_FULL"
+    assert await texts(store, key, Filter()) == ["apple"]
+    assert await store.count_documents(key) == 1
+
+
+async def test_a_replica_notices_that_another_one_created_the_corpus_anew(
+    server: WeaviateServer, store: Store, key: CorpusKey
+) -> None:
+    await put(store, key, make_passage("apple"))
+    async with opened(server) as other:
+        assert await texts(other, key, Filter()) == ["apple"]
+        await store.drop_corpus(key)
+        await store.create_corpus(key, "other embedder", 3)
+        await store.put_passages(key, [make_passage("apple pie", metadata={"k": 1})], spread(1))
+        assert await texts(other, key, Filter()) == ["apple pie"]
