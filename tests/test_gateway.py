@@ -97,6 +97,12 @@ async def test_a_citation_comes_as_soon_as_its_sentence_has_ended(stack, answers
     assert names.index("citation") < len(names) - 1 - names[::-1].index("text")
 
 
+async def test_saying_that_the_documents_do_not_say_needs_no_support(stack, answers):
+    stack.generation.answer = "The documents do not say."
+    found = await events(answers, path=retrieval_pb2.PATH_RAG, corpus="c")
+    assert kinds(found) == ["started", "passages", "text", "finished"]
+
+
 async def test_passages_that_did_not_fit_are_named_and_not_cited(stack, answers):
     stack.generation.answer = "Employees get 27 days of paid leave."
     stack.generation.parts_that_fit = 0
@@ -171,7 +177,7 @@ async def test_examples_and_writing_options_reach_the_model(stack, answers):
     request = stack.generation.requests[0]
     assert request.messages[2].parts[0].text == "A1."
     assert (request.options.max_tokens, request.options.seed) == (7, 3)
-    assert list(request.options.stop) == ["\n"] and request.every_token
+    assert request.options.stop[0] == "\n" and request.every_token
 
 
 async def test_a_passage_cannot_close_its_own_delimiter(stack, answers):

@@ -30,7 +30,7 @@ def ask(
     adapter: Annotated[str, typer.Option(help="Adapter for tuned and hybrid.")] = "",
     limit: Annotated[
         int, typer.Option(min=1, max=50, help="The most passages to show the model.")
-    ] = 5,
+    ] = 3,
     max_tokens: Annotated[int, typer.Option(min=1, help="The most tokens to write.")] = 256,
     temperature: Annotated[
         float, typer.Option(min=0, max=2, help="0 takes the likeliest word; more varies.")

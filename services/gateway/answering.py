@@ -1,7 +1,6 @@
 """How a question is answered: the path is chosen, passages are searched, the model writes, and
 every sentence is checked against what the model was shown."""
 
-import asyncio
 import time
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, field
@@ -20,9 +19,9 @@ from tworoads.v1.retrieval_pb2 import (
 )
 from tworoads.v1.retrieval_pb2_grpc import RetrievalServiceStub
 
-from services.gateway.citations import Citation, CitationChecker, Source, Unsupported
+from services.gateway.checking import Checking
 from services.gateway.evidence import Evidence, query_of, search
-from services.prompts.words import Message, Shown, conversation, rewriting
+from services.prompts.words import Message, Shown, conversation, rewriting, stops
 from services.runtime.call import current, outgoing
 from services.runtime.errors import NotFound, NotReady, Unavailable, downstream
 
@@ -36,6 +35,7 @@ FINISH = {
     generation_pb2.FINISH_REASON_LENGTH: pb.ANSWER_FINISH_REASON_LENGTH,
 }
 REWRITTEN_TOKENS = 64
+MOST_STOPS = 8  # of GenerateOptions.stop
 
 
 @dataclass(frozen=True)
@@ -137,18 +137,18 @@ class Answering:
             _turns(request.history),
             _turns(request.options.examples),
         )
-        sources = [_source(passage) for passage in passages]
-        # Preparing the sources takes milliseconds: they pass while the model reads the prompt.
-        preparing = asyncio.create_task(asyncio.to_thread(CitationChecker, sources))
-        checker: CitationChecker | None = None
+        options = generation_pb2.GenerateOptions()
+        options.CopyFrom(request.options.generate)
+        options.stop.extend(stops()[: MOST_STOPS - len(options.stop)])
         prompt = generation_pb2.PromptInfo()
         finish = generation_pb2.GenerateFinish()
         first_text = 0.0
+        checking = Checking(passages)
         with downstream("generation"):
             call = self.generation.Generate(
                 generation_pb2.GenerateRequest(
                     messages=_messages(messages),
-                    options=request.options.generate,
+                    options=options,
                     every_token=request.options.every_token,
                 ),
                 **outgoing(),
@@ -158,22 +158,18 @@ class Answering:
                     if response.HasField("prompt"):
                         prompt = response.prompt
                         first_text = self._elapsed()
-                        checker = await preparing if sources else None
-                        if len(prompt.used_parts) < len(sources):  # only what was read supports
-                            used = set(prompt.used_parts)
-                            sources = [s for s in sources if s.passage_id in used]
-                            checker = await asyncio.to_thread(CitationChecker, sources)
+                        await checking.begin(prompt.used_parts)
                     if response.HasField("finish"):
                         finish = response.finish
                     if response.text:
                         yield pb.AnswerResponse(text=response.text)
-                        for verdict in checker.feed(response.text) if checker else ():
-                            yield _verdict(verdict)
+                        for event in checking.feed(response.text):
+                            yield event
             finally:
                 call.cancel()
-                preparing.cancel()
-        for verdict in checker.finish() if checker else ():
-            yield _verdict(verdict)
+                checking.close()
+        for event in checking.finish():
+            yield event
         timings = pb.Timings(
             queue=finish.queue_ms,
             prefill=finish.prefill_ms,
@@ -239,28 +235,3 @@ def _messages(messages: list[Message]) -> list[generation_pb2.Message]:
         )
         for message in messages
     ]
-
-
-def _source(passage: retrieval_pb2.Passage) -> Source:
-    return Source(passage.id, passage.document_id, passage.start, passage.text)
-
-
-def _verdict(verdict: Citation | Unsupported) -> pb.AnswerResponse:
-    if isinstance(verdict, Unsupported):
-        return pb.AnswerResponse(
-            unsupported=pb.Unsupported(
-                answer_start=verdict.answer_start, answer_end=verdict.answer_end
-            )
-        )
-    return pb.AnswerResponse(
-        citation=pb.Citation(
-            answer_start=verdict.answer_start,
-            answer_end=verdict.answer_end,
-            passage_id=verdict.passage_id,
-            document_id=verdict.document_id,
-            source_start=verdict.source_start,
-            source_end=verdict.source_end,
-            quote=verdict.quote,
-            support=verdict.support,
-        )
-    )

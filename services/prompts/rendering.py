@@ -1,7 +1,8 @@
 """Turns messages into token ids: one way, for serving and for training.
 
-The chat template is rendered once around placeholders; the texts are tokenised apart from it, so that
-nothing in them is ever taken for a special token, and a part has the same tokens in every prompt.
+The chat template is rendered once around placeholders; the texts are tokenised apart from it, so
+that nothing in them is ever taken for a special token, and a part has the same tokens in every
+prompt.
 """
 
 import re
@@ -117,7 +118,7 @@ class Renderer:
         return self._ids(pieces[::2])
 
     def _text_ids(self, text: str) -> tuple[int, ...]:
-        """Tokenise plain text. Words that look like special tokens are cut, so that they are not."""
+        """Tokenise plain text. Words that look like special tokens are cut apart."""
         pieces: list[str] = []
         start = 0
         while match := self._reserved.search(text, start):  # what is cut may overlap the next one

@@ -16,7 +16,7 @@ DEFAULT_VERSION = VERSIONS[0]
 
 @dataclass(frozen=True)
 class Part:
-    """A piece of a message. A droppable one is left out, the last first, when the context is full."""
+    """A piece of a message. Droppable ones are left out, the last first, if the context is full."""
 
     text: str
     id: str = ""
@@ -83,6 +83,16 @@ def rewriting(
     return [_message("system", words["rewrite"]["system"]), _message("user", text)]
 
 
+def stops(version: str = DEFAULT_VERSION) -> list[str]:
+    """Return the texts before which an answer ends."""
+    return list(_words(version)["stop"])
+
+
+def abstention(version: str = DEFAULT_VERSION) -> str:
+    """Return the sentence with which the model is told to say that the passages do not answer."""
+    return str(_words(version)["passages"]["abstain"])
+
+
 def _message(role: Role, text: str) -> Message:
     return Message(role, (Part(text.strip()),))
 
@@ -90,8 +100,9 @@ def _message(role: Role, text: str) -> Message:
 def _inside(fence: dict[str, str], passage: Shown) -> str:
     """Return what stands between the delimiters, which must not end them."""
     text = f"{passage.title}\n{passage.text}" if passage.title else passage.text
-    tags = "|".join(re.escape(fence[tag].strip().strip("<>")) for tag in ("open", "close"))
-    return re.sub(rf"<(?=(?:{tags})\b)", "&lt;", text)
+    tags = "|".join(re.escape(fence[tag].strip().strip("</>")) for tag in ("open", "close"))
+    # A model reads "< /Passage>" as the end too.
+    return re.sub(rf"<(?=\s*/?\s*(?:{tags})\b)", "&lt;", text, flags=re.IGNORECASE)
 
 
 @cache
