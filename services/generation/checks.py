@@ -1,0 +1,101 @@
+"""Turns requests into plain values, and refuses those that can never succeed."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tworoads.v1 import generation_pb2 as pb
+
+from services.generation.schemas import check_schema
+from services.prompts.words import Message, Part, Role
+from services.runtime.errors import InvalidInput, NotFound
+
+ROLES: dict[int, Role] = {
+    pb.ROLE_SYSTEM: "system",
+    pb.ROLE_USER: "user",
+    pb.ROLE_ASSISTANT: "assistant",
+}
+MAX_TEMPERATURE = 2.0
+MAX_STOPS = 8
+MAX_STOP_LENGTH = 64
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to write. `max_tokens` None means as many as the service gives by default."""
+
+    max_tokens: int | None = None
+    temperature: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    json_schema: str = ""
+    batch: bool = False
+    every_token: bool = False
+
+
+def conversation(messages: Sequence[pb.Message]) -> list[Message]:
+    """Return the messages. Raises InvalidInput (MESSAGES_EMPTY, MESSAGE_INVALID)."""
+    if not messages:
+        raise InvalidInput("MESSAGES_EMPTY", "messages must have at least one entry")
+    turns = [_message(message, i) for i, message in enumerate(messages)]
+    start = 1 if turns[0].role == "system" else 0
+    for i, turn in enumerate(turns[start:]):
+        wanted = "assistant" if i % 2 else "user"
+        if turn.role != wanted:
+            raise _invalid(start + i, f"is the {turn.role}'s where the {wanted}'s belongs")
+    if turns[-1].role != "user":
+        raise _invalid(len(turns) - 1, "is the last and not the user's")
+    return turns
+
+
+def sampling(request: pb.GenerateRequest, context_length: int) -> Sampling:
+    """Return how to write. Raises InvalidInput with the reasons that the proto names."""
+    options = request.options
+    if options.HasField("max_tokens") and not 1 <= options.max_tokens <= context_length:
+        raise InvalidInput(
+            "MAX_TOKENS_OUT_OF_RANGE",
+            f"max_tokens must be from 1 to {context_length}",
+            limit=str(context_length),
+        )
+    if not 0 <= options.temperature <= MAX_TEMPERATURE or math.isnan(options.temperature):
+        raise InvalidInput("TEMPERATURE_OUT_OF_RANGE", "temperature must be from 0 to 2")
+    stops = options.stop
+    if len(stops) > MAX_STOPS or not all(0 < len(stop) <= MAX_STOP_LENGTH for stop in stops):
+        raise InvalidInput(
+            "STOP_INVALID",
+            f"stop may have at most {MAX_STOPS} texts of 1 to {MAX_STOP_LENGTH} code points",
+        )
+    if options.json_schema:
+        check_schema(options.json_schema)
+    return Sampling(
+        max_tokens=options.max_tokens if options.HasField("max_tokens") else None,
+        temperature=options.temperature,
+        seed=options.seed if options.HasField("seed") else None,
+        stop=tuple(stops),
+        json_schema=options.json_schema,
+        batch=options.priority == pb.PRIORITY_BATCH,
+        every_token=request.every_token,
+    )
+
+
+def base_model_only(adapter: str) -> None:
+    """Raise NotFound (ADAPTER_NOT_FOUND) for any adapter."""
+    if adapter:
+        raise NotFound("ADAPTER_NOT_FOUND", "there is no adapter of this name")
+
+
+def _message(message: pb.Message, index: int) -> Message:
+    role = ROLES.get(message.role)
+    if role is None:
+        raise _invalid(index, "has no role")
+    if role == "system" and index > 0:
+        raise _invalid(index, "is the system's and not the first")
+    if not message.parts:
+        raise _invalid(index, "has no parts")
+    if any(part.droppable and not part.id for part in message.parts):
+        raise _invalid(index, "has a droppable part without an id")
+    return Message(role, tuple(Part(p.text, p.id, p.droppable) for p in message.parts))
+
+
+def _invalid(index: int, what: str) -> InvalidInput:
+    return InvalidInput("MESSAGE_INVALID", f"messages[{index}] {what}", index=str(index))
