@@ -59,7 +59,6 @@ class Server:
             add(self._server)
         self._calls.serving = True
         await self.report(health_pb2.HealthCheckResponse.SERVING)
-        log.info("%s serves on port %d", self._names[0], self.port)
 
     async def report(self, status: Any) -> None:
         """Set the health of every name of this server."""
@@ -81,6 +80,7 @@ class Server:
 
         for sig in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(sig, on_signal)
+        log.info("%s serves on port %d", self._names[0], self.port)
         await self._stop.wait()
 
 
