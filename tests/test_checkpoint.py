@@ -28,6 +28,16 @@ def test_a_plain_checkpoint_is_taken_where_it_is(folder: Path, tmp_path: Path) -
     assert not (tmp_path / "out").exists()
 
 
+def test_a_hub_model_keeps_its_revision_once_it_was_downloaded(
+    folder: Path, tmp_path: Path
+) -> None:
+    downloaded = tmp_path / "out" / "org--name-0a1b2c"
+    downloaded.parent.mkdir()
+    folder.rename(downloaded)
+    assert prepare("org/name", tmp_path / "out") == downloaded.resolve()
+    assert prepare("org/name@0a1b2c", tmp_path / "out") == downloaded.resolve()
+
+
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [

@@ -2,7 +2,8 @@
 
 Makes a checkpoint that the service can load, and prints its folder as the last line. PACKAGE is an
 installed Python package with one GGUF file in it; a FOLDER is taken as it is; a HUB_ID is
-downloaded. What is prepared already stays as it is.
+downloaded at REVISION, or else at the newest one the first time and the same one from then on. What
+is prepared already stays as it is.
 """
 
 import argparse
@@ -31,9 +32,14 @@ def prepare(model: str, out: Path, say: Callable[[str], None] = lambda text: Non
         return Path(model).resolve()
     if "/" in model:
         hub_id, _, revision = model.partition("@")
-        revision = revision or _newest(hub_id)
-        name = f"{hub_id.replace('/', '--')}-{revision}"
-        return _once(out / name, say, lambda folder: _download(hub_id, revision, folder, say))
+        name = hub_id.replace("/", "--")
+        if not revision:  # what was downloaded once is kept: a restart never changes the model
+            downloaded = sorted(out.glob(f"{name}-*"), key=lambda folder: folder.stat().st_mtime)
+            if downloaded:
+                return _once(downloaded[-1], say, lambda folder: None)
+            revision = _newest(hub_id)
+        target = out / f"{name}-{revision}"
+        return _once(target, say, lambda folder: _download(hub_id, revision, folder, say))
     gguf, version = _packaged(model)
     return _once(out / f"{model}-{version}", say, lambda folder: _convert(gguf, folder, say))
 
