@@ -54,9 +54,11 @@ class FakeEmbedding(EmbeddingServiceServicer):
         self.hash = "fake-1"
         self.embedded: list[str] = []
         self.error: Exception | None = None
+        self.refused = 0
 
     async def Embed(self, request, context):
         if self.error:
+            self.refused += 1
             raise self.error
         self.embedded += request.texts
         vectors = [embedding_pb2.Vector(values=_vector(text)) for text in request.texts]

@@ -7,7 +7,7 @@ import grpc
 import pytest
 from tworoads.v1 import retrieval_pb2 as pb
 
-from services.runtime.errors import Unavailable, error_info
+from services.runtime.errors import Overloaded, Unavailable, error_info
 from tests.small_stack import SmallStack, small_stack
 
 
@@ -297,6 +297,18 @@ async def test_a_missing_embedder_is_an_error_unless_the_caller_allows_less(stac
     )
     assert [passage.document_id for passage in response.passages] == ["a"]
     assert list(response.degraded) == ["VECTOR_SEARCH"]
+
+
+async def test_an_ingest_waits_while_the_embedder_is_full(stack, monkeypatch):
+    monkeypatch.setattr(Overloaded, "retry_after", 0.01)
+    await put(stack, document("first", "larks"))
+    stack.embedding.error = Overloaded("QUEUE_FULL", "full")
+    ingest = asyncio.create_task(put(stack, document("a", "owls")))
+    async with asyncio.timeout(10):
+        while not stack.embedding.refused:
+            await asyncio.sleep(0.01)
+    stack.embedding.error = None
+    assert (await ingest)["a"].outcome == pb.DOCUMENT_OUTCOME_INDEXED
 
 
 async def test_policies_are_set_read_listed_and_guarded_by_their_etag(stack):

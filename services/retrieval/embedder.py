@@ -12,9 +12,11 @@ from tworoads.v1 import embedding_pb2 as pb
 from tworoads.v1.embedding_pb2_grpc import EmbeddingServiceStub
 
 from services.runtime.call import outgoing
-from services.runtime.errors import NotReady, downstream
+from services.runtime.errors import NotReady, Overloaded, downstream
 
 BATCH = 64  # texts of one call
+BATCHES = 8  # calls for passages at once: enough to keep the model busy, whoever ingests
+FULL_TRIES = 60  # when others fill the embedding service, an ingest waits
 QUERY_SECONDS = 5.0
 
 
@@ -35,6 +37,7 @@ class Embedder:
     def __init__(self, stub: EmbeddingServiceStub) -> None:
         self._stub = stub
         self._tokenizers: dict[str, Tokenizer] = {}
+        self._batches = asyncio.Semaphore(BATCHES)
 
     async def identity(self) -> Identity:
         """Return which model the service runs now."""
@@ -74,10 +77,19 @@ class Embedder:
         batches = [texts[start : start + BATCH] for start in range(0, len(texts), BATCH)]
         parts = []
         for batch in batches:
-            vectors, made_by = await self._embed(batch, pb.EMBED_KIND_DOCUMENT, None)
+            async with self._batches:
+                vectors, made_by = await self._patiently(batch)
             _check(made_by, model_hash)
             parts.append(vectors)
         return np.concatenate(parts)
+
+    async def _patiently(self, batch: Sequence[str]) -> tuple[NDArray[np.float32], str]:
+        for _ in range(FULL_TRIES):
+            try:
+                return await self._embed(batch, pb.EMBED_KIND_DOCUMENT, None)
+            except Overloaded as full:
+                await asyncio.sleep(full.retry_after or 0)
+        return await self._embed(batch, pb.EMBED_KIND_DOCUMENT, None)
 
     async def _embed(
         self, texts: Sequence[str], kind: pb.EmbedKind.ValueType, at_most: float | None

@@ -39,6 +39,7 @@ class Server:
 
     def __init__(
         self,
+        settings: ServerSettings,
         server: grpc.aio.Server,
         calls: CallInterceptor,
         names: Sequence[str],
@@ -48,6 +49,7 @@ class Server:
         self.port = port
         self.metrics_port = metrics_port
         self.health = health.aio.HealthServicer()
+        self._settings = settings
         self._server = server
         self._calls = calls
         self._names = names
@@ -70,7 +72,8 @@ class Server:
         self._stop.set()
 
     async def until_stopped(self) -> None:
-        """Return on `stop`, SIGTERM or SIGINT. A second signal ends the process at once."""
+        """Return on `stop`, SIGTERM or SIGINT, when the calls have ended and what they use may be
+        closed. A second signal ends the process at once."""
         loop = asyncio.get_running_loop()
 
         def on_signal() -> None:
@@ -82,6 +85,19 @@ class Server:
             loop.add_signal_handler(sig, on_signal)
         log.info("%s serves on port %d", self._names[0], self.port)
         await self._stop.wait()
+        await self.drain()
+
+    async def drain(self) -> None:
+        """Refuse new calls, let the running ones end within the grace, then close."""
+        await self.health.enter_graceful_shutdown()
+        if self._calls.serving:
+            await asyncio.sleep(self._settings.drain_seconds)
+        self._calls.serving = False
+        # Not gRPC's own grace: that waits for those who watch the health, and they never leave.
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._settings.grace_seconds):
+                await self._calls.ended()
+        await self._server.stop(None)
 
 
 @asynccontextmanager
@@ -100,7 +116,7 @@ async def running(
             port = grpc_server.add_insecure_port(settings.listen)
         except RuntimeError as error:
             raise OSError(f"cannot listen on {settings.listen}: is the port taken?") from error
-        server = Server(grpc_server, calls, names, port, metrics_port)
+        server = Server(settings, grpc_server, calls, names, port, metrics_port)
         health_pb2_grpc.add_HealthServicer_to_server(server.health, grpc_server)
         reflection.enable_server_reflection(
             (*names, health.SERVICE_NAME, reflection.SERVICE_NAME), grpc_server
@@ -110,14 +126,7 @@ async def running(
         try:
             yield server
         finally:
-            await server.health.enter_graceful_shutdown()
-            await asyncio.sleep(settings.drain_seconds)
-            calls.serving = False
-            # Not gRPC's own grace: that waits for those who watch the health, and they never leave.
-            with suppress(TimeoutError):
-                async with asyncio.timeout(settings.grace_seconds):
-                    await calls.ended()
-            await grpc_server.stop(None)
+            await server.drain()
 
 
 def run(main: Callable[[], Coroutine[Any, Any, None]], settings: ServerSettings) -> None:
