@@ -6,22 +6,18 @@ async with Client() as client:
     answer = await client.ask("How many days of leave?", corpus="handbook")
 """
 
-import asyncio
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import datetime
 from typing import Any, Literal, Self
 
 import grpc
-from google.protobuf.timestamp_pb2 import Timestamp
 from tworoads.v1 import answer_pb2, retrieval_pb2
 from tworoads.v1.answer_pb2_grpc import AnswerServiceStub
 from tworoads.v1.generation_pb2 import GenerateOptions
 from tworoads.v1.retrieval_pb2_grpc import RetrievalServiceStub
 
+from clients.documents import Corpus, Document, Ingested, NewDocument, Progress, Upload, news_of
 from clients.events import Answer, Event, Passage, event_of
-from clients.files import MetadataValue, NewDocument
 from clients.local import address as local_address
 from services.runtime.channel import connect
 from services.runtime.errors import error_info
@@ -31,9 +27,19 @@ Mode = Literal["hybrid", "vector", "text"]
 
 ANSWERS = "tworoads.v1.AnswerService"
 RETRIEVAL = "tworoads.v1.RetrievalService"
-CHUNK = 512 * 1024
-MOST_QUESTION_BYTES = 1024 * 1024
+MOST_QUESTION = 256 * 1024  # code points; the server takes fewer, but a message may hold them
+MOST_IDS = 1000  # of one DeleteDocumentsRequest
 PAGE = 500
+SECONDS = 60.0
+
+# What is said of a call that none of our services answered.
+UNANSWERED = {
+    grpc.StatusCode.UNAVAILABLE: (
+        "SERVER_UNAVAILABLE",
+        "nothing answers at {address}: start it with `tworoads up`, or see `tworoads status`",
+    ),
+    grpc.StatusCode.DEADLINE_EXCEEDED: ("DEADLINE", "the time for this call is over"),
+}
 
 
 class TworoadsError(Exception):
@@ -43,26 +49,6 @@ class TworoadsError(Exception):
         super().__init__(message)
         self.code = code
         self.reason = reason
-
-
-@dataclass(frozen=True)
-class Ingested:
-    """What became of a document: "indexed", "unchanged" or "failed" with its reason."""
-
-    id: str
-    outcome: str
-    reason: str
-    message: str
-    passages: int
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far an ingest has come: documents received and finished, passages embedded."""
-
-    received: int
-    finished: int
-    passages: int
 
 
 class Client:
@@ -91,45 +77,52 @@ class Client:
         *,
         adapter: str = "",
         history: Sequence[tuple[str, str]] = (),
-        timeout: float | None = None,
+        timeout: float = SECONDS,
         **options: Any,
     ) -> AsyncIterator[Event]:
-        """Yield the events of the answer as they come.
+        """Yield the events of the answer as they come; leaving the loop early stops all work.
 
-        `history` is pairs of question and answer, oldest first; `timeout` is in seconds, 60 by
-        default. `options` are the fields of AnswerOptions (limit, filter, pinned_documents,
+        `history` is pairs of question and answer, oldest first; `timeout` is in seconds, at most
+        300. `options` are the fields of AnswerOptions (limit, filter, pinned_documents,
         allow_degraded ...) and of GenerateOptions (temperature, seed, stop, max_tokens ...).
         """
-        request = _answer_request(question, corpus, path, adapter, history, options)
         with self._translated():
-            async for response in self._answers.Answer(request, timeout=timeout):
-                yield event_of(response)
+            request = _answer_request(question, corpus, path, adapter, history, options)
+            call = self._answers.Answer(request, timeout=timeout)
+            try:
+                async for response in call:
+                    if event := event_of(response):
+                        yield event
+            finally:
+                call.cancel()
 
-    async def ask(self, question: str, *args: Any, **options: Any) -> Answer:
+    async def ask(
+        self, question: str, corpus: str = "", path: PathName = "auto", **options: Any
+    ) -> Answer:
         """Return the whole answer; the arguments are those of `answer`."""
         answer = Answer()
-        async for event in self.answer(question, *args, **options):
+        async for event in self.answer(question, corpus, path, **options):
             answer.add(event)
         return answer
 
-    async def create_corpus(self, name: str, allow_existing: bool = True) -> retrieval_pb2.Corpus:
+    async def create_corpus(self, name: str, allow_existing: bool = True) -> Corpus:
         """Create a corpus, or return the one of this name."""
-        request = retrieval_pb2.CreateCorpusRequest(name=name, allow_existing=allow_existing)
         with self._translated():
-            response = await self._retrieval.CreateCorpus(request, timeout=60)
-        corpus: retrieval_pb2.Corpus = response.corpus
-        return corpus
+            request = retrieval_pb2.CreateCorpusRequest(name=name, allow_existing=allow_existing)
+            response = await self._retrieval.CreateCorpus(request, timeout=SECONDS)
+        return Corpus.of(response.corpus)
 
-    async def corpora(self) -> list[retrieval_pb2.Corpus]:
+    async def corpora(self) -> list[Corpus]:
         """Return all corpora by name."""
-        found: list[retrieval_pb2.Corpus] = []
+        found: list[Corpus] = []
         token = ""
         with self._translated():
             while True:
                 response = await self._retrieval.ListCorpora(
-                    retrieval_pb2.ListCorporaRequest(page_size=PAGE, page_token=token), timeout=60
+                    retrieval_pb2.ListCorporaRequest(page_size=PAGE, page_token=token),
+                    timeout=SECONDS,
                 )
-                found += response.corpora
+                found += map(Corpus.of, response.corpora)
                 token = response.next_page_token
                 if not token:
                     return found
@@ -138,38 +131,49 @@ class Client:
         """Delete a corpus with all its documents."""
         with self._translated():
             await self._retrieval.DeleteCorpus(
-                retrieval_pb2.DeleteCorpusRequest(name=name), timeout=60
+                retrieval_pb2.DeleteCorpusRequest(name=name), timeout=SECONDS
             )
 
     async def ingest(
-        self, corpus: str, documents: Iterable[NewDocument]
+        self, corpus: str, documents: Iterable[NewDocument | Ingested]
     ) -> AsyncIterator[Ingested | Progress]:
         """Index documents; yield the result of each as it finishes, and the progress between.
 
-        Documents are read as they are sent, so there may be more of them than fit into memory.
+        Documents are read as they are sent, so there may be more of them than fit into memory. A
+        result among them (a file that could not be read) is passed on. What `documents` raises is
+        raised when the documents before it are finished.
         """
         with self._translated():
-            call = self._retrieval.PutDocuments(_parts(corpus, documents))
+            upload = Upload(corpus, documents)
+            call = self._retrieval.PutDocuments(upload.requests())
             try:
                 async for response in call:
-                    yield _news(response)
+                    yield news_of(response)
             finally:
                 call.cancel()
+        for failed in upload.failed:
+            yield failed
+        if upload.error:
+            raise upload.error
 
-    async def document(self, corpus: str, id: str) -> tuple[retrieval_pb2.Document, str]:
+    async def document(self, corpus: str, id: str) -> tuple[Document, str]:
         """Return a document and its whole text."""
-        text = ""
+        text = version = ""
         with self._translated():
             while True:
                 response = await self._retrieval.GetDocument(
                     retrieval_pb2.GetDocumentRequest(corpus=corpus, id=id, start=len(text)),
-                    timeout=60,
+                    timeout=SECONDS,
                 )
+                if text and response.document.version != version:  # replaced while it was read
+                    text = ""
+                    continue
+                version = response.document.version
                 text += response.text
                 if len(text) >= response.document.length:
-                    return response.document, text
+                    return Document.of(response.document), text
 
-    async def documents(self, corpus: str) -> AsyncIterator[retrieval_pb2.Document]:
+    async def documents(self, corpus: str) -> AsyncIterator[Document]:
         """Yield all documents of a corpus by id, without their text."""
         token = ""
         with self._translated():
@@ -178,21 +182,27 @@ class Client:
                     retrieval_pb2.ListDocumentsRequest(
                         corpus=corpus, page_size=PAGE, page_token=token
                     ),
-                    timeout=60,
+                    timeout=SECONDS,
                 )
                 for document in response.documents:
-                    yield document
+                    yield Document.of(document)
                 token = response.next_page_token
                 if not token:
                     return
 
     async def delete(self, corpus: str, ids: Sequence[str]) -> int:
         """Delete documents; return how many of them existed."""
+        deleted = 0
         with self._translated():
-            response = await self._retrieval.DeleteDocuments(
-                retrieval_pb2.DeleteDocumentsRequest(corpus=corpus, ids=ids), timeout=60
-            )
-        return int(response.deleted)
+            for start in range(0, len(ids), MOST_IDS):
+                response = await self._retrieval.DeleteDocuments(
+                    retrieval_pb2.DeleteDocumentsRequest(
+                        corpus=corpus, ids=ids[start : start + MOST_IDS]
+                    ),
+                    timeout=SECONDS,
+                )
+                deleted += response.deleted
+        return deleted
 
     async def search(
         self,
@@ -203,15 +213,16 @@ class Client:
         filter: retrieval_pb2.Filter | None = None,
     ) -> list[Passage]:
         """Return the best passages for a query."""
-        request = retrieval_pb2.SearchRequest(
-            corpus=corpus,
-            query=query,
-            limit=limit,
-            mode=retrieval_pb2.SearchMode.Value(f"SEARCH_MODE_{mode.upper()}"),
-            filter=filter,
-        )
+        _check_length(query, "query")
         with self._translated():
-            response = await self._retrieval.Search(request, timeout=60)
+            request = retrieval_pb2.SearchRequest(
+                corpus=corpus,
+                query=query,
+                limit=limit,
+                mode=retrieval_pb2.SearchMode.Value(f"SEARCH_MODE_{mode.upper()}"),
+                filter=filter,
+            )
+            response = await self._retrieval.Search(request, timeout=SECONDS)
         return [Passage.of(passage) for passage in response.passages]
 
     async def server_info(self) -> answer_pb2.GetServerInfoResponse:
@@ -226,14 +237,18 @@ class Client:
     def _translated(self) -> Iterator[None]:
         try:
             yield
+        except UnicodeEncodeError as error:
+            raise TworoadsError(
+                grpc.StatusCode.INVALID_ARGUMENT, "NOT_TEXT", "what was sent is not UTF-8 text"
+            ) from error
         except grpc.aio.AioRpcError as error:
-            said = error_info(error)
-            if said is None and error.code() is grpc.StatusCode.UNAVAILABLE:
-                message = f"nothing answers at {self.address}: start it with `tworoads up`"
-                raise TworoadsError(error.code(), "SERVER_UNAVAILABLE", message) from error
-            reason = said.reason if said else error.code().name
-            message = error.details() or error.code().name.lower()
-            raise TworoadsError(error.code(), reason, message) from error
+            code, said = error.code(), error_info(error)
+            if said is None and code in UNANSWERED:
+                reason, message = UNANSWERED[code]
+                raise TworoadsError(code, reason, message.format(address=self.address)) from error
+            reason = said.reason if said else code.name
+            message = error.details() or code.name.lower()
+            raise TworoadsError(code, reason, message) from error
 
 
 def _answer_request(
@@ -244,10 +259,7 @@ def _answer_request(
     history: Sequence[tuple[str, str]],
     options: Mapping[str, Any],
 ) -> answer_pb2.AnswerRequest:
-    if len(question) > MOST_QUESTION_BYTES:  # more than a message may hold
-        raise TworoadsError(
-            grpc.StatusCode.INVALID_ARGUMENT, "QUESTION_TOO_LONG", "the question is too long"
-        )
+    _check_length(question, "question")
     writing = {name for name in options if name in GenerateOptions.DESCRIPTOR.fields_by_name}
     generate = GenerateOptions(**{name: options[name] for name in writing})
     others = {name: value for name, value in options.items() if name not in writing}
@@ -261,43 +273,11 @@ def _answer_request(
     )
 
 
-async def _parts(
-    corpus: str, documents: Iterable[NewDocument]
-) -> AsyncIterable[retrieval_pb2.PutDocumentsRequest]:
-    request = retrieval_pb2.PutDocumentsRequest
-    yield request(start=retrieval_pb2.PutDocumentsStart(corpus=corpus))
-    iterator = iter(documents)
-    while (document := await asyncio.to_thread(next, iterator, None)) is not None:
-        yield request(
-            document=retrieval_pb2.PutDocumentsDocument(
-                id=document.id,
-                title=document.title,
-                uri=document.uri,
-                media_type=document.media_type,
-                metadata={name: _value(value) for name, value in document.metadata.items()},
-            )
+def _check_length(text: str, what: str) -> None:
+    """Refuse what gRPC would refuse without a reason."""
+    if len(text) > MOST_QUESTION:
+        raise TworoadsError(
+            grpc.StatusCode.INVALID_ARGUMENT,
+            f"{what.upper()}_TOO_LONG",
+            f"the {what} is too long: a few sentences will do",
         )
-        for start in range(0, len(document.content), CHUNK):
-            yield request(chunk=document.content[start : start + CHUNK])
-
-
-def _value(value: MetadataValue) -> retrieval_pb2.MetadataValue:
-    if isinstance(value, bool):
-        return retrieval_pb2.MetadataValue(bool_value=value)
-    if isinstance(value, str):
-        return retrieval_pb2.MetadataValue(string_value=value)
-    if isinstance(value, datetime):
-        stamp = Timestamp()
-        stamp.FromDatetime(value)
-        return retrieval_pb2.MetadataValue(time_value=stamp)
-    return retrieval_pb2.MetadataValue(number_value=value)
-
-
-def _news(response: retrieval_pb2.PutDocumentsResponse) -> Ingested | Progress:
-    if response.HasField("progress"):
-        progress = response.progress
-        return Progress(progress.received, progress.finished, progress.passages)
-    result = response.result
-    name = retrieval_pb2.DocumentOutcome.Name(result.outcome)
-    outcome = name[len("DOCUMENT_OUTCOME_") :].lower()
-    return Ingested(result.id, outcome, result.reason, result.message, result.passages)

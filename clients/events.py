@@ -158,8 +158,8 @@ class Answer:
         }
 
 
-def event_of(response: pb.AnswerResponse) -> Event:
-    """Return the plain value of one response."""
+def event_of(response: pb.AnswerResponse) -> Event | None:
+    """Return the plain value of one response, None for an event of a newer server."""
     match response.WhichOneof("event"):
         case "started":
             started = response.started
@@ -190,8 +190,10 @@ def event_of(response: pb.AnswerResponse) -> Event:
             )
         case "unsupported":
             return Unsupported(response.unsupported.answer_start, response.unsupported.answer_end)
-        case _:
+        case "finished":
             return _finished(response.finished)
+        case _:
+            return None
 
 
 def _finished(finished: pb.AnswerFinished) -> Finished:

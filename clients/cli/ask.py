@@ -1,32 +1,30 @@
 """`tworoads ask`: the answer as it is written, then the quotes that its sentences rest on."""
 
+import re
 import sys
-from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
 
-from clients.cli.output import DEFAULT_CORPUS, Address, Corpus, Json, plain, print_json, run
+from clients.cli.output import DEFAULT_CORPUS, Address, Corpus, Json, line, plain, print_json, run
 from clients.client import Client, PathName
 from clients.events import Answer, Citation, Text, Unsupported
+from clients.local import LocalError
 
 UNSUPPORTED = "[?]"
 
-
-class PathChoice(StrEnum):
-    auto = "auto"
-    base = "base"
-    rag = "rag"
-    tuned = "tuned"
-    hybrid = "hybrid"
+# Where a sentence may end: a stop, a line break, or white space that is the last so far.
+_END = r"(?:[.!?…。！？｡]|\s*\n|\s+\Z)"
+# An end with at most one word behind it: the gateway may still be waiting to know.
+_UNSETTLED = re.compile(rf"{_END}\S*\s*\S*\s*\Z")
 
 
 def ask(
     question: Annotated[str, typer.Argument(help="The question; - reads it from standard input.")],
     corpus: Corpus = DEFAULT_CORPUS,
     path: Annotated[
-        PathChoice, typer.Option(help="The road to the answer; auto follows the corpus's policy.")
-    ] = PathChoice.auto,
+        PathName, typer.Option(help="The road to the answer; auto follows the corpus's policy.")
+    ] = "auto",
     adapter: Annotated[str, typer.Option(help="Adapter for tuned and hybrid.")] = "",
     limit: Annotated[
         int, typer.Option(min=1, max=50, help="The most passages to show the model.")
@@ -39,7 +37,10 @@ def ask(
         int | None, typer.Option(help="Makes a temperature above 0 repeatable.")
     ] = None,
     allow_degraded: Annotated[
-        bool, typer.Option(help="Answer without documents when retrieval is away.")
+        bool,
+        typer.Option(
+            "--allow-degraded", help="Answer even when documents cannot be searched, and say so."
+        ),
     ] = False,
     timeout: Annotated[float, typer.Option(min=1, max=300, help="Seconds to wait.")] = 60,
     address: Address = "",
@@ -50,8 +51,11 @@ def ask(
     Numbers such as [1] follow the sentences that a passage supports; the quotes are listed below.
     [?] follows a sentence that no passage supports.
     """
-    asked = sys.stdin.read() if question == "-" else question
+    asked = _standard_input() if question == "-" else question
     options: dict[str, Any] = {
+        "corpus": "" if path in ("base", "tuned") else corpus,
+        "path": path,
+        "adapter": adapter,
         "limit": limit,
         "max_tokens": max_tokens,
         "temperature": temperature,
@@ -60,26 +64,19 @@ def ask(
     }
     if seed is not None:
         options["seed"] = seed
-    where = "" if path in (PathChoice.base, PathChoice.tuned) else corpus
-    run(_ask(asked, where, path.value, adapter, options, address, json))
+    if json:
+        answer = run(address, lambda client: client.ask(asked, **options))
+        print_json(answer.to_dict())
+    else:
+        run(address, lambda client: _ask(client, asked, options))
 
 
-async def _ask(
-    question: str,
-    corpus: str,
-    path: PathName,
-    adapter: str,
-    options: dict[str, Any],
-    address: str,
-    json: bool,
-) -> None:
+async def _ask(client: Client, question: str, options: dict[str, Any]) -> None:
     answer = Answer()
     printer = Printer()
-    async with Client(address or None) as client:
-        async for event in client.answer(question, corpus, path, adapter=adapter, **options):
+    try:
+        async for event in client.answer(question, **options):
             answer.add(event)
-            if json:
-                continue
             match event:
                 case Text():
                     printer.text(event.text)
@@ -87,14 +84,21 @@ async def _ask(
                     printer.mark(event.answer_end, printer.number(event))
                 case Unsupported():
                     printer.mark(event.answer_end, UNSUPPORTED)
-    if json:
-        print_json(answer.to_dict())
-    else:
-        printer.end(answer)
+    finally:
+        printer.end()
+    printer.notes(answer)
+
+
+def _standard_input() -> str:
+    try:
+        return sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError:
+        raise LocalError("standard input is not UTF-8 text: convert it first") from None
 
 
 class Printer:
-    """Prints an answer one event late, so that a mark still goes behind its sentence."""
+    """Prints an answer as it comes, but holds back what stands behind the end of a sentence until
+    the gateway has had its say on it, so that a mark goes where it belongs."""
 
     def __init__(self) -> None:
         self._held = ""
@@ -102,9 +106,12 @@ class Printer:
         self._quotes: dict[tuple[str, int, int], tuple[str, Citation]] = {}
 
     def text(self, text: str) -> None:
-        """Print what came before; hold this back."""
-        self._flush()
-        self._held = text
+        """Take the next text. All verdicts that the text before allows have come by now."""
+        unsettled = _UNSETTLED.search(self._held)
+        self._print(unsettled.start() if unsettled else len(self._held))
+        self._held += text
+        end = re.search(_END, self._held)
+        self._print(end.start() if end else len(self._held))
 
     def number(self, citation: Citation) -> str:
         """Return the number of a citation's quote, such as "[1]"."""
@@ -114,33 +121,30 @@ class Printer:
 
     def mark(self, end: int, label: str) -> None:
         """Put a label behind the answer's code point `end`, or as near as is still possible."""
-        held = max(0, min(end - self._printed, len(self._held)))
-        before, after = self._held[:held], self._held[held:]
-        self._print(before)
+        self._print(max(0, min(end - self._printed, len(self._held))))
         print(f" {label}", end="", flush=True)
-        self._held = after
 
-    def end(self, answer: Answer) -> None:
-        """Print the rest, and the quotes by number."""
-        self._flush()
+    def end(self) -> None:
+        """Print the rest of the text and end its line."""
+        self._print(len(self._held))
+        if self._printed:
+            print()
+
+    def notes(self, answer: Answer) -> None:
+        """Print the quotes by number, and what else there is to know of an answer."""
         if answer.finish == "no_evidence":
-            print("Nothing in the corpus answers this, so nothing was written.", end="")
-        print()
+            print("Nothing in the corpus answers this, so nothing was written.")
         if answer.finish == "length":
             print("\nThe answer was cut: allow more with --max-tokens.")
         for label, citation in self._quotes.values():
-            span = f"{citation.source_start}-{citation.source_end}"
-            quote = " ".join(plain(citation.quote).split())
-            print(f'\n{label} "{quote}"\n    {plain(citation.document)}, characters {span}')
+            span = f"characters {citation.source_start}-{citation.source_end}"
+            print(f'\n{label} "{line(citation.quote)}"\n    {line(citation.document)}, {span}')
         if answer.unsupported:
             print(f"\n{UNSUPPORTED} no passage supports this sentence")
         if answer.degraded:
             print(f"\nLeft out because a service is away: {', '.join(answer.degraded)}")
 
-    def _flush(self) -> None:
-        self._print(self._held)
-        self._held = ""
-
-    def _print(self, text: str) -> None:
+    def _print(self, count: int) -> None:
+        text, self._held = self._held[:count], self._held[count:]
         print(plain(text), end="", flush=True)
-        self._printed += len(text)
+        self._printed += count

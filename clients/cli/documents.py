@@ -2,10 +2,8 @@
 
 import sys
 from collections import Counter
-from datetime import UTC
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -17,26 +15,21 @@ from clients.cli.output import (
     Address,
     Corpus,
     Json,
+    line,
     plain,
     print_json,
     print_table,
     run,
 )
-from clients.client import Client, Ingested, Mode
-from clients.client import Progress as IngestProgress
-
-
-class ModeChoice(StrEnum):
-    hybrid = "hybrid"
-    vector = "vector"
-    text = "text"
+from clients.client import Client, Mode
+from clients.documents import Document, Ingested
 
 
 def ingest(
     paths: Annotated[
         list[Path],
         typer.Argument(
-            help="Files and folders: .txt .md .html .pdf .docx .csv .jsonl", metavar="PATH..."
+            help="Files and folders: .txt .md .html .pdf .docx .csv .jsonl", metavar="PATH"
         ),
     ],
     corpus: Corpus = DEFAULT_CORPUS,
@@ -47,12 +40,16 @@ def ingest(
 
     A file's name, or its path within a given folder, becomes the document's id; sending it again
     replaces it, and unchanged content costs nothing. A .jsonl file whose lines have "id" and "text"
-    holds one document a line. The corpus is created if it does not exist. Exit code 1 if a document
-    failed.
+    holds one document a line. In folders, hidden files and other formats are passed over. The
+    corpus is created if it does not exist. Exit code 1 if a document failed; the others are
+    indexed.
     """
-    results = run(_ingest(paths, corpus, address))
+    results = run(address, lambda client: _ingest(client, paths, corpus))
     outcomes = Counter(result.outcome for result in results)
     failed = [result for result in results if result.outcome == "failed"]
+    for result in failed:
+        message = line(f"failed: {result.id}: {result.message} ({result.reason})")
+        print(message, file=sys.stderr)
     if json:
         print_json(
             {
@@ -67,10 +64,6 @@ def ingest(
             }
         )
     else:
-        for result in failed:
-            print(
-                f"failed: {plain(result.id)}: {result.message} ({result.reason})", file=sys.stderr
-            )
         print(
             f"{outcomes['indexed']} indexed, {outcomes['unchanged']} unchanged,"
             f" {outcomes['failed']} failed in corpus {corpus}."
@@ -79,10 +72,10 @@ def ingest(
         raise typer.Exit(1)
 
 
-async def _ingest(paths: list[Path], corpus: str, address: str) -> list[Ingested]:
+async def _ingest(client: Client, paths: list[Path], corpus: str) -> list[Ingested]:
     found = files.find(paths)
     if not found:
-        raise files.FileError("these folders hold no file that can be ingested")
+        raise files.FileError("there is no file to ingest: name a folder that holds some")
     results: list[Ingested] = []
     columns = (
         TextColumn("{task.description}"),
@@ -92,16 +85,15 @@ async def _ingest(paths: list[Path], corpus: str, address: str) -> list[Ingested
         TimeRemainingColumn(),
     )
     console = Console(stderr=True)
-    async with Client(address or None) as client:
-        await client.create_corpus(corpus)
-        with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-            task = bar.add_task("Ingesting", total=files.count(found), passages=0)
-            async for news in client.ingest(corpus, files.documents(found)):
-                if isinstance(news, IngestProgress):
-                    bar.update(task, completed=news.finished, passages=news.passages)
-                else:
-                    results.append(news)
-                    bar.update(task, completed=len(results))
+    await client.create_corpus(corpus)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("Ingesting", total=files.count(found), passages=0)
+        async for news in client.ingest(corpus, files.documents(found)):
+            if isinstance(news, Ingested):
+                results.append(news)
+                bar.update(task, completed=len(results))
+            else:
+                bar.update(task, passages=news.passages)
     return results
 
 
@@ -113,96 +105,79 @@ def documents(
     json: Json = False,
 ) -> None:
     """List the corpora, or the documents of one."""
+    rows: list[dict[str, Any]]
     if corpus:
-        run(_documents(corpus, address, json))
+        rows = [_row(document) for document in run(address, lambda client: _all(client, corpus))]
+        nothing = f"The corpus {corpus} is empty. Fill it: tworoads ingest FOLDER --corpus {corpus}"
     else:
-        run(_corpora(address, json))
-
-
-async def _corpora(address: str, json: bool) -> None:
-    async with Client(address or None) as client:
-        corpora = await client.corpora()
-    rows = [
-        {"name": corpus.name, "documents": corpus.documents, "embedder": corpus.embedder.name}
-        for corpus in corpora
-    ]
+        rows = [
+            {"corpus": found.name, "documents": found.documents, "embedder": found.embedder}
+            for found in run(address, Client.corpora)
+        ]
+        nothing = "There is no corpus yet. Make one: tworoads ingest FOLDER --corpus NAME"
     if json:
         print_json(rows)
-    elif not rows:
-        print("There is no corpus yet. Make one: tworoads ingest FOLDER")
+    elif rows:
+        shown = [name for name in rows[0] if name != "uri"]
+        cells = ([str(row[name]) for name in shown] for row in rows)
+        print_table([name.upper() for name in shown], cells)
     else:
-        print_table(
-            ("CORPUS", "DOCUMENTS", "EMBEDDING MODEL"),
-            [(str(row["name"]), str(row["documents"]), str(row["embedder"])) for row in rows],
-        )
+        print(nothing)
 
 
-async def _documents(corpus: str, address: str, json: bool) -> None:
-    async with Client(address or None) as client:
-        found = [document async for document in client.documents(corpus)]
-    rows = [
-        {
-            "id": document.id,
-            "title": document.title,
-            "uri": document.uri,
-            "passages": document.passages,
-            "characters": document.length,
-            "updated": document.update_time.ToDatetime(UTC).isoformat(timespec="seconds"),
-        }
-        for document in found
-    ]
-    if json:
-        print_json(rows)
-    else:
-        cells = ("id", "title", "passages", "characters", "updated")
-        print_table(
-            [cell.upper() for cell in cells], [[str(row[c]) for c in cells] for row in rows]
-        )
+async def _all(client: Client, corpus: str) -> list[Document]:
+    return [document async for document in client.documents(corpus)]
+
+
+def _row(document: Document) -> dict[str, Any]:
+    return {
+        "id": document.id,
+        "title": document.title,
+        "uri": document.uri,
+        "passages": document.passages,
+        "characters": document.length,
+        "updated": document.updated.isoformat(timespec="seconds"),
+    }
 
 
 def delete(
-    ids: Annotated[
-        list[str] | None, typer.Argument(help="Ids of documents.", metavar="ID...")
-    ] = None,
+    ids: Annotated[list[str] | None, typer.Argument(help="Ids of documents.", metavar="ID")] = None,
     corpus: Corpus = DEFAULT_CORPUS,
     whole: Annotated[
         bool, typer.Option("--whole-corpus", help="Delete the corpus with all its documents.")
     ] = False,
     address: Address = "",
+    json: Json = False,
 ) -> None:
-    """Delete documents of a corpus, or the whole corpus."""
+    """Delete documents of a corpus, or the whole corpus. Ids that do not exist are ignored."""
     if whole == bool(ids):
         raise typer.BadParameter("say which documents to delete, or --whole-corpus")
-    run(_delete(ids or [], corpus, address))
-
-
-async def _delete(ids: list[str], corpus: str, address: str) -> None:
-    async with Client(address or None) as client:
-        if not ids:
-            await client.delete_corpus(corpus)
-            print(f"The corpus {corpus} is deleted.")
-            return
-        deleted = await client.delete(corpus, ids)
-    print(f"{deleted} of {len(ids)} documents deleted from corpus {corpus}.")
+    if ids:
+        deleted = run(address, lambda client: client.delete(corpus, ids))
+        result = {"corpus": corpus, "deleted": deleted}
+        sentence = f"{deleted} of {len(ids)} documents deleted from corpus {corpus}."
+    else:
+        run(address, lambda client: client.delete_corpus(corpus))
+        result = {"corpus": corpus, "whole_corpus": True}
+        sentence = f"The corpus {corpus} is deleted."
+    if json:
+        print_json(result)
+    else:
+        print(sentence)
 
 
 def search(
     query: Annotated[str, typer.Argument(help="What to find.")],
     corpus: Corpus = DEFAULT_CORPUS,
     limit: Annotated[int, typer.Option(min=1, max=100, help="The most passages to find.")] = 5,
-    mode: Annotated[ModeChoice, typer.Option(help="How to search.")] = ModeChoice.hybrid,
+    mode: Annotated[
+        Mode, typer.Option(help="By meaning (vector), by words (text), or both (hybrid).")
+    ] = "hybrid",
     address: Address = "",
     json: Json = False,
 ) -> None:
     """Find the passages that fit a question best."""
-    run(_search(query, corpus, limit, mode.value, address, json))
-
-
-async def _search(
-    query: str, corpus: str, limit: int, mode: Mode, address: str, json: bool
-) -> None:
-    async with Client(address or None) as client:
-        passages = await client.search(query, corpus, limit, mode)
+    passages = run(address, lambda client: client.search(query, corpus, limit, mode))
     if json:
         print_json([vars(passage) for passage in passages])
         return
@@ -211,5 +186,5 @@ async def _search(
     for number, passage in enumerate(passages, 1):
         page = f", page {passage.page}" if passage.page else ""
         headings = "".join(f" > {heading}" for heading in passage.heading_path)
-        print(plain(f"{number}. {passage.document}{page}{headings}  ({passage.score:.4f})"))
+        print(line(f"{number}. {passage.document}{page}{headings} ({passage.score:.4f})"))
         print("   " + plain(passage.text).replace("\n", "\n   ") + "\n")

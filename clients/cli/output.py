@@ -1,18 +1,37 @@
-"""How the commands print: plain text for people and pipes, JSON for programs."""
+"""How commands call the gateway and print: plain text for people and pipes, JSON for programs."""
 
 import asyncio
 import json
 import re
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Annotated, Any, TypeVar
 
+import grpc
 import typer
 
-from clients.client import TworoadsError
+from clients.client import Client, TworoadsError
 from clients.files import FileError
 from clients.local import LocalError
 
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+# C0 without tab and newline, DEL, C1, line separators, overrides of the writing direction, and
+# surrogates, which no encoding takes.
+CONTROL = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+# What to do about an error whose message does not say it, by reason or else by code.
+ADVICE = {
+    "CORPUS_NOT_FOUND": "make it with `tworoads ingest FOLDER --corpus NAME`,"
+    " or see which there are with `tworoads documents`",
+    "PATH_CLOSED": "ask with --path base or --path rag",
+    "ADAPTER_MISSING": "name it with --adapter",
+    "QUESTION_EMPTY": "say what you want to know",
+    "QUERY_EMPTY": "say what to find",
+    "STORE_FULL": "free some space, then run this again",
+    "SERVER_UNAVAILABLE": "",
+    grpc.StatusCode.DEADLINE_EXCEEDED: "try again, or let `ask` wait longer with --timeout",
+    grpc.StatusCode.UNAVAILABLE: "see `tworoads status`",
+    grpc.StatusCode.INTERNAL: "see `tworoads logs`",
+}
 T = TypeVar("T")
 
 Corpus = Annotated[
@@ -29,12 +48,15 @@ Address = Annotated[
 DEFAULT_CORPUS = "documents"
 
 
-def run(work: Coroutine[Any, Any, T]) -> T:
-    """Run a command's work; what goes wrong becomes one sentence and exit code 1."""
+def run(address: str, work: Callable[[Client], Awaitable[T]]) -> T:
+    """Do a command's work with a client; what goes wrong becomes a LocalError of one sentence."""
     try:
-        return asyncio.run(work)
-    except (TworoadsError, FileError) as error:
-        raise LocalError(plain(str(error))) from error
+        return asyncio.run(_with_client(address, work))
+    except TworoadsError as error:
+        advice = ADVICE.get(error.reason, ADVICE.get(error.code, ""))
+        raise LocalError(line(f"{error}; {advice}" if advice else str(error))) from error
+    except FileError as error:
+        raise LocalError(line(str(error))) from error
 
 
 def plain(text: str) -> str:
@@ -42,15 +64,26 @@ def plain(text: str) -> str:
     return CONTROL.sub("", text)
 
 
+def line(text: str) -> str:
+    """Return plain text on one line."""
+    return " ".join(plain(text).split())
+
+
 def print_json(value: Any) -> None:
-    """Print a value as indented JSON."""
-    print(json.dumps(value, ensure_ascii=False, indent=2))
+    """Print a value as indented JSON, with what a terminal might obey as escapes."""
+    text = json.dumps(value, ensure_ascii=False, indent=2)
+    print(CONTROL.sub(lambda char: f"\\u{ord(char[0]):04x}", text))
 
 
 def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Print rows in columns, each as wide as its widest cell."""
-    lines = [list(header), *([plain(cell) for cell in row] for row in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    for line in lines:
-        cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
-        print("  ".join(cells).rstrip())
+    lines = [list(header), *([line(cell) for cell in row] for row in rows)]
+    widths = [max(len(cells[i]) for cells in lines) for i in range(len(header))]
+    for cells in lines:
+        padded = (cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
+        print("  ".join(padded).rstrip())
+
+
+async def _with_client(address: str, work: Callable[[Client], Awaitable[T]]) -> T:
+    async with Client(address or None) as client:
+        return await work(client)
