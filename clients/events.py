@@ -7,7 +7,7 @@ from tworoads.v1 import answer_pb2 as pb
 from tworoads.v1 import retrieval_pb2
 
 
-def path_name(path: int) -> str:
+def _path_name(path: int) -> str:
     """Return the name of a path as people write it, such as "rag"."""
     return retrieval_pb2.Path.Name(retrieval_pb2.Path.ValueType(path))[len("PATH_") :].lower()
 
@@ -165,7 +165,7 @@ def event_of(response: pb.AnswerResponse) -> Event | None:
             started = response.started
             return Started(
                 started.request_id,
-                path_name(started.path),
+                _path_name(started.path),
                 started.reason,
                 started.explanation,
                 started.adapter,

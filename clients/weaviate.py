@@ -34,7 +34,7 @@ def children(folder: Path, preparation: tuple[str, ...]) -> tuple[dict[str, str]
         Child(
             "weaviate",
             ("/bin/sh", "-c", start),
-            server._environment(),
+            server.environment(),
             server.http_address,
             f"http://{server.http_address}/v1/.well-known/ready",
         ),

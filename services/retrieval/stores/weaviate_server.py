@@ -84,7 +84,7 @@ class WeaviateServer:
         with self.log_file.open("ab") as output:
             self._process = subprocess.Popen(
                 [self._binary, "--host", "127.0.0.1", "--port", port, "--scheme", "http"],
-                env=os.environ | self._environment(),
+                env=os.environ | self.environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -123,7 +123,7 @@ class WeaviateServer:
     def _failed(self, what: str) -> NotReady:
         return NotReady("WEAVIATE_FAILED", f"the Weaviate server {what}; see {self.log_file}")
 
-    def _environment(self) -> dict[str, str]:
+    def environment(self) -> dict[str, str]:
         _, grpc, gossip, raft = self._ports
         return {
             "PERSISTENCE_DATA_PATH": str(self._folder / "data"),
