@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install run stop test test-fast lint bench
+.PHONY: help install run stop test test-fast test-real lint bench
 
 help: ## Show what there is to make.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -26,11 +26,13 @@ run: $(INSTALLED) ## Start the stack, ingest the sample handbook, ask a question
 stop: $(INSTALLED) ## Stop the stack.
 	@$(BIN)/tworoads down
 
-test: $(INSTALLED) ## Run all tests, the real parts included.
-	$(BIN)/python -m pytest tests
+test: test-fast test-real ## Run all tests, the real parts included.
 
 test-fast: $(INSTALLED) ## Run the tests that need no model and no server.
-	$(BIN)/python -m pytest tests --ignore tests/real
+	$(BIN)/python -m pytest -n auto tests --ignore tests/real
+
+test-real: $(INSTALLED) ## Run the tests on the real models and servers.
+	$(BIN)/python -m pytest tests/real
 
 lint: $(INSTALLED) ## Check style, types and protos.
 	$(BIN)/ruff check .

@@ -33,7 +33,7 @@ for command in (
 
 def main() -> None:
     """Run the command line."""
-    run(app)
+    run(lambda: app(prog_name="tworoads"))
 
 
 def run(work: Callable[[], object]) -> None:
