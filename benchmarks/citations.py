@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.citation_edits import CHANGING, KEEPING, Case
-from services.gateway.citations import Citation, CitationChecker, Source, Unsupported
+from services.gateway.citations.checker import Citation, CitationChecker, Source, Unsupported
 
 DISTRACTORS = 4
 SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")

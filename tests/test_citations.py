@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.gateway.citations import Citation, CitationChecker, Source, Unsupported
+from services.gateway.citations.checker import Citation, CitationChecker, Source, Unsupported
 
 LEAVE = (
     "🌴 Leave policy of Hollin & Vane. Every employee has 28 days of paid leave a year. "

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from clients.cli.app import main
 from clients.cli.ask import Printer
-from services.gateway.sentences import SentenceSplitter
+from services.gateway.citations.sentences import SentenceSplitter
 from services.runtime.errors import Overloaded
 from tests.small_stack import FakeGeneration, SmallStack, small_stack
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from tworoads.v1 import answer_pb2 as pb
 from tworoads.v1.retrieval_pb2 import Passage
 
-from services.gateway.citations import Citation, CitationChecker, Source, Unsupported
+from services.gateway.citations.checker import Citation, CitationChecker, Source, Unsupported
 from services.prompts.words import abstention
 
 

@@ -3,8 +3,8 @@
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from services.gateway.lexicon import POLES
-from services.gateway.terms import Kind, Term, stem
+from services.gateway.citations.lexicon import POLES
+from services.gateway.citations.terms import Kind, Term, stem
 
 # Values: they agree with the source or the sentence is not supported.
 VALUES = frozenset(

@@ -9,10 +9,10 @@ place if the words around it surround another value of its kind in the sources.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from services.gateway.alignment import Line, Mention, negation_agrees
-from services.gateway.sentences import SentenceSplitter, Span
-from services.gateway.source_table import Claim, Evidence, SourceLine, SourceTable
-from services.gateway.terms import Kind
+from services.gateway.citations.alignment import Line, Mention, negation_agrees
+from services.gateway.citations.sentences import SentenceSplitter, Span
+from services.gateway.citations.source_table import Claim, Evidence, SourceLine, SourceTable
+from services.gateway.citations.terms import Kind
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from services.gateway.alignment import VALUES, Line, Mention, fit, resolve_openers
-from services.gateway.lexicon import META_WORDS, STOP_WORDS
-from services.gateway.sentences import split
-from services.gateway.terms import Kind, parse, stem
+from services.gateway.citations.alignment import VALUES, Line, Mention, fit, resolve_openers
+from services.gateway.citations.lexicon import META_WORDS, STOP_WORDS
+from services.gateway.citations.sentences import split
+from services.gateway.citations.terms import Kind, parse, stem
 
 _STOP_WEIGHT = 0.3
 _PASSAGE = 0.3  # what a word counts for a sentence if another sentence of its passage has it

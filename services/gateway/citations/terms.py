@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
 
-from services.gateway.lexicon import (
+from services.gateway.citations.lexicon import (
     MONTHS,
     NEGATIONS,
     ONES,
