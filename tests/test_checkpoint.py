@@ -1,6 +1,7 @@
 import json
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,11 +32,15 @@ def test_a_plain_checkpoint_is_taken_where_it_is(folder: Path, tmp_path: Path) -
 def test_a_hub_model_keeps_its_revision_once_it_was_downloaded(
     folder: Path, tmp_path: Path
 ) -> None:
-    downloaded = tmp_path / "out" / "org--name-0a1b2c"
+    downloaded = tmp_path / "out" / "org--name--0a1b2c"
     downloaded.parent.mkdir()
     folder.rename(downloaded)
     assert prepare("org/name", tmp_path / "out") == downloaded.resolve()
     assert prepare("org/name@0a1b2c", tmp_path / "out") == downloaded.resolve()
+    longer = tmp_path / "out" / "org--name-instruct--0d"
+    shutil.copytree(downloaded, longer)
+    os.utime(longer, (2e9, 2e9))
+    assert prepare("org/name", tmp_path / "out") == downloaded.resolve()
 
 
 @pytest.mark.parametrize(

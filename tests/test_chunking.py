@@ -147,16 +147,6 @@ def test_a_character_with_too_many_tokens_is_a_chunk():
     assert texts(parsed, chunk(parsed, lambda text: len(text.encode()), 2)) == ["ab", "😀", "c"]
 
 
-def test_a_tokenizer_that_cuts_and_pads_counts_all_the_same():
-    tokenizer = word_level()
-    tokenizer.enable_truncation(4)
-    tokenizer.enable_padding(length=50)
-    parsed = one_section("one two three four five six seven")
-    assert len(chunk(parsed, tokenizer, 7)) == 1
-    assert len(chunk(parsed, tokenizer, 6)) == 2
-    assert tokenizer.truncation["max_length"] == 4
-
-
 UNICODE = st.text(
     st.characters(exclude_categories=["Cs"])
     | st.sampled_from(" \n.!?。,abcABC1e\u0301😀\u200d👩💻\u3000\x1c\x85ßж"),

@@ -215,7 +215,8 @@ async def test_a_search_returns_passages_with_their_offsets(client):
         ({"path": "rag", "corpus": ""}, "INVALID_ARGUMENT", "CORPUS_MISSING"),
         ({"path": "tuned"}, "FAILED_PRECONDITION", "ADAPTER_MISSING"),
         ({"path": "tuned", "adapter": "a@1"}, "FAILED_PRECONDITION", "PATH_CLOSED"),
-        ({"history": [("a" * 5_000_000, "b")]}, "RESOURCE_EXHAUSTED", "RESOURCE_EXHAUSTED"),
+        ({"history": [("a" * 5_000_000, "b")]}, "INVALID_ARGUMENT", "HISTORY_TOO_LONG"),
+        ({"history": [("a" * 20_000_000, "b")]}, "RESOURCE_EXHAUSTED", "RESOURCE_EXHAUSTED"),
     ],
 )
 async def test_what_cannot_be_answered_is_refused_with_a_reason(client, ask, code, reason):
@@ -229,7 +230,7 @@ async def test_what_cannot_be_answered_is_refused_with_a_reason(client, ask, cod
     ("problem", "code", "reason"),
     [
         (Overloaded("QUEUE_FULL", "busy; try again later"), "RESOURCE_EXHAUSTED", "QUEUE_FULL"),
-        (Unavailable("ENGINE_DEAD", "secret"), "UNAVAILABLE", "GENERATION_UNAVAILABLE"),
+        (Unavailable("ENGINE_DEAD", "secret"), "UNAVAILABLE", "ENGINE_DEAD"),
         (RuntimeError("secret"), "INTERNAL", "INTERNAL"),
     ],
 )

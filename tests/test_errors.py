@@ -89,6 +89,12 @@ def forwarding(back: Probe) -> dict[str, Any]:
         (
             Unavailable("ENGINE_DEAD", "secret"),
             StatusCode.UNAVAILABLE,
+            "ENGINE_DEAD",
+            "the embedding service cannot answer now; try again",
+        ),
+        (
+            Stopping("STOPPING", "secret"),
+            StatusCode.UNAVAILABLE,
             "EMBEDDING_UNAVAILABLE",
             "the embedding service is away; try again",
         ),

@@ -10,8 +10,9 @@ from tworoads.v1 import generation_pb2, retrieval_pb2
 from tworoads.v1.answer_pb2_grpc import AnswerServiceStub
 from tworoads.v1.retrieval_pb2_grpc import RetrievalServiceStub
 
+from services.runtime import interceptors
 from services.runtime.channel import connect
-from services.runtime.errors import Overloaded, Unavailable, error_info
+from services.runtime.errors import Overloaded, Stopping, Unavailable, error_info
 from tests.small_stack import ANSWERS, RETRIEVAL, SmallStack, small_stack
 from tests.test_retrieval import document, start
 
@@ -108,6 +109,7 @@ async def test_passages_that_did_not_fit_are_named_and_not_cited(stack, answers)
     stack.generation.parts_that_fit = 0
     found = await events(answers, path=retrieval_pb2.PATH_RAG, corpus="c")
     assert not [event for event in found if event.HasField("citation")]
+    assert [event for event in found if event.HasField("unsupported")]
     shown = [passage.id for passage in found[1].passages.passages]
     assert list(found[-1].finished.unused_passages) == shown
 
@@ -161,6 +163,9 @@ async def test_pinned_documents_come_first_whatever_the_search_finds(stack, answ
     options = pb.AnswerOptions(pinned_documents=["travel"], limit=1)
     found = await events(answers, path=retrieval_pb2.PATH_RAG, corpus="c", options=options)
     assert [p.document_id for p in found[1].passages.passages] == ["travel"]
+    options = pb.AnswerOptions(pinned_documents=["travel", "leave"], limit=1)
+    found = await events(answers, path=retrieval_pb2.PATH_RAG, corpus="c", options=options)
+    assert [p.document_id for p in found[1].passages.passages] == ["travel", "leave"]
     options = pb.AnswerOptions(pinned_documents=["nowhere"])
     with pytest.raises(grpc.aio.AioRpcError) as error:
         await events(answers, path=retrieval_pb2.PATH_RAG, corpus="c", options=options)
@@ -276,7 +281,8 @@ async def test_the_embedder_away_degrades_to_word_search(stack, answers):
     ("error", "code", "reason"),
     [
         (Overloaded("QUEUE_FULL", "full"), "RESOURCE_EXHAUSTED", "QUEUE_FULL"),
-        (Unavailable("ENGINE_DEAD", "secret"), "UNAVAILABLE", "GENERATION_UNAVAILABLE"),
+        (Unavailable("ENGINE_DEAD", "secret"), "UNAVAILABLE", "ENGINE_DEAD"),
+        (Stopping("STOPPING", "secret"), "UNAVAILABLE", "GENERATION_UNAVAILABLE"),
         (RuntimeError("secret"), "INTERNAL", ""),
     ],
 )
@@ -322,6 +328,19 @@ async def test_public_methods_are_forwarded_unary_and_streaming(stack, channel):
     assert [(r.id, r.outcome) for r in results] == [
         ("more", retrieval_pb2.DOCUMENT_OUTCOME_INDEXED)
     ]
+
+
+async def test_an_ingest_that_falls_silent_is_ended_with_its_reason(channel, monkeypatch):
+    monkeypatch.setattr(interceptors, "IDLE_SECONDS", 0.2)
+
+    async def parts():
+        yield start()
+        await asyncio.Event().wait()
+
+    with pytest.raises(grpc.aio.AioRpcError) as error:
+        async for _ in RetrievalServiceStub(channel).PutDocuments(parts()):
+            pass
+    assert reason_of(error) == (grpc.StatusCode.DEADLINE_EXCEEDED, "IDLE")
 
 
 async def test_forwarded_errors_keep_their_reason(channel):

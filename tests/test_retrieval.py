@@ -7,7 +7,7 @@ import grpc
 import pytest
 from tworoads.v1 import retrieval_pb2 as pb
 
-from services.runtime.errors import Overloaded, Unavailable, error_info
+from services.runtime.errors import Overloaded, Stopping, error_info
 from tests.small_stack import SmallStack, small_stack
 
 
@@ -94,6 +94,33 @@ async def test_the_later_of_two_versions_in_one_stream_wins(stack):
     assert read.text == "version 19 of the text"
     response = await stack.retrieval.Search(pb.SearchRequest(corpus="c", query="version text"))
     assert [passage.text for passage in response.passages] == ["version 19 of the text"]
+
+
+async def test_an_earlier_version_sent_again_in_one_stream_replaces_the_later_one(stack):
+    await put(stack, document("a", "old text"))
+    others = [document(f"o{number}", f"other {number}") for number in range(100)]
+    await put(stack, document("a", "new text"), *others, document("a", "old text"))
+    read = await stack.retrieval.GetDocument(pb.GetDocumentRequest(corpus="c", id="a"))
+    assert read.text == "old text"
+
+
+async def test_two_streams_with_versions_of_one_document_leave_it_whole(stack):
+    for number in range(10):
+        old, new = f"text {number}", f"text {number + 1}"
+        await asyncio.gather(
+            put(stack, document("a", old)),
+            put(stack, document("a", new)),
+            put(stack, document("a", old)),
+        )
+        read = await stack.retrieval.GetDocument(pb.GetDocumentRequest(corpus="c", id="a"))
+        response = await stack.retrieval.Search(pb.SearchRequest(corpus="c", query="text"))
+        assert [passage.text for passage in response.passages] == [read.text]
+
+
+async def test_long_headings_leave_room_for_the_passage(stack):
+    await put(stack, document("a", "owls hunt", title="word " * 200))
+    words = stack.embedding.embedded[-1].split()
+    assert words[-2:] == ["owls", "hunt"] and len(words) <= 256
 
 
 async def test_deleted_documents_are_gone_from_search_at_once(stack):
@@ -288,7 +315,7 @@ async def test_another_embedder_is_refused_never_mixed(stack):
 
 async def test_a_missing_embedder_is_an_error_unless_the_caller_allows_less(stack):
     await put(stack, document("a", "owls"))
-    stack.embedding.error = Unavailable("GONE", "gone")
+    stack.embedding.error = Stopping("STOPPING", "gone")
     with pytest.raises(grpc.aio.AioRpcError) as error:
         await search(stack, "owls")
     assert reason_of(error) == (grpc.StatusCode.UNAVAILABLE, "EMBEDDING_UNAVAILABLE")

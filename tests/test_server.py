@@ -112,11 +112,11 @@ async def test_two_servers_never_share_a_port() -> None:
                 pass
 
 
-async def test_messages_over_4_mebibytes_are_refused_and_smaller_ones_are_not() -> None:
+async def test_messages_over_16_mebibytes_are_refused_and_smaller_ones_are_not() -> None:
     async with probe() as server:
-        response = await server.embed("a" * (4 * 2**20 - 100))
+        response = await server.embed("a" * (16 * 2**20 - 100))
         assert response.model_hash == "1 texts"
-        refused = await failure(server.embed("a" * (4 * 2**20)))
+        refused = await failure(server.embed("a" * (16 * 2**20)))
         assert refused.code() == StatusCode.RESOURCE_EXHAUSTED
 
 

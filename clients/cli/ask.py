@@ -29,7 +29,14 @@ def ask(
     limit: Annotated[
         int, typer.Option(min=1, max=50, help="The most passages to show the model.")
     ] = 3,
-    max_tokens: Annotated[int, typer.Option(min=1, help="The most tokens to write.")] = 256,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="The most tokens to write.",
+            show_default="256, or less if the context ends before",
+        ),
+    ] = None,
     temperature: Annotated[
         float, typer.Option(min=0, max=2, help="0 takes the likeliest word; more varies.")
     ] = 0.0,
@@ -57,13 +64,14 @@ def ask(
         "path": path,
         "adapter": adapter,
         "limit": limit,
-        "max_tokens": max_tokens,
         "temperature": temperature,
         "allow_degraded": allow_degraded,
         "timeout": timeout,
     }
     if seed is not None:
         options["seed"] = seed
+    if max_tokens is not None:
+        options["max_tokens"] = max_tokens
     if json:
         answer = run(address, lambda client: client.ask(asked, **options))
         print_json(answer.to_dict())

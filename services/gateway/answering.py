@@ -23,7 +23,7 @@ from services.gateway.checking import Checking
 from services.gateway.evidence import Evidence, query_of, search
 from services.prompts.words import Message, Shown, conversation, rewriting, stops
 from services.runtime.call import current, outgoing
-from services.runtime.errors import NotFound, NotReady, Unavailable, downstream
+from services.runtime.errors import NotFound, NotReady, Overloaded, TooLate, Unavailable, downstream
 
 ROLES = {
     "system": generation_pb2.ROLE_SYSTEM,
@@ -62,9 +62,10 @@ class Answering:
         route = await self._route()
         evidence = None
         if route.path == PATH_RAG:
+            query = await self._query()
             try:
-                evidence = await search(self.retrieval, self.request, await self._query())
-            except Unavailable:
+                evidence = await search(self.retrieval, self.request, query)
+            except (Unavailable, Overloaded, TooLate):
                 if not self.request.options.allow_degraded:
                     raise
                 route = Route(

@@ -24,9 +24,9 @@ class Checking:
 
     async def begin(self, used: Iterable[str]) -> None:
         """Say which passages, by id, the model was really shown: only they support anything."""
-        used = set(used)
-        if not used:
+        if not self._sources:
             return
+        used = set(used)
         if all(source.passage_id in used for source in self._sources):
             self._checker = await self._preparing
         else:

@@ -13,7 +13,7 @@ from services.runtime.errors import InvalidInput
 
 MOST_QUESTION = 8192
 MOST_TURNS = 32
-MOST_TURN_TEXT = 65_536
+MOST_TURNS_TEXT = 262_144
 MOST_PASSAGES = 50
 DEFAULT_PASSAGES = 3
 
@@ -45,5 +45,5 @@ def check(request: pb.AnswerRequest) -> None:
 def _check_turns(turns: Sequence[pb.Turn], reason: str) -> None:
     if len(turns) > MOST_TURNS:
         raise InvalidInput(reason, f"at most {MOST_TURNS} turns are taken")
-    if any(len(turn.question) + len(turn.answer) > MOST_TURN_TEXT for turn in turns):
-        raise InvalidInput(reason, f"a turn has at most {MOST_TURN_TEXT} characters")
+    if sum(len(turn.question) + len(turn.answer) for turn in turns) > MOST_TURNS_TEXT:
+        raise InvalidInput(reason, f"all turns have at most {MOST_TURNS_TEXT} characters")

@@ -2,10 +2,11 @@
 
 import asyncio
 from dataclasses import dataclass, field
+from itertools import zip_longest
 
 from tworoads.v1 import answer_pb2 as pb
 from tworoads.v1 import retrieval_pb2
-from tworoads.v1.retrieval_pb2 import Filter, Passage
+from tworoads.v1.retrieval_pb2 import SEARCH_MODE_HYBRID, Filter, Passage, SearchMode
 from tworoads.v1.retrieval_pb2_grpc import RetrievalServiceStub
 
 from services.gateway.checks import DEFAULT_PASSAGES, MOST_QUESTION
@@ -43,22 +44,29 @@ async def search(
     (DOCUMENT_NOT_FOUND) for a pinned document that does not exist.
     """
     options = request.options
-    limit = options.limit or DEFAULT_PASSAGES
     pinned = list(dict.fromkeys(options.pinned_documents))
-    searches = [_search(retrieval, request, query, limit, options.filter)]
-    if pinned:
-        searches.append(_search(retrieval, request, query, limit, Filter(document_ids=pinned)))
+    limit = max(options.limit or DEFAULT_PASSAGES, len(pinned))
     with downstream("retrieval"):
-        found, *first = await asyncio.gather(*searches)
-        passages = {passage.id: passage for response in first for passage in response.passages}
-        shown = {passage.document_id for passage in passages.values()}
-        for id in pinned:
-            if id not in shown:  # unless it was only outranked, this says that it does not exist
+        found, *of_pinned = await asyncio.gather(
+            _search(retrieval, request, query, options.search_mode, limit, options.filter),
+            *(
+                # By vector too: a pinned document is shown even if it has no word of the question.
+                _search(
+                    retrieval, request, query, SEARCH_MODE_HYBRID, limit, Filter(document_ids=[id])
+                )
+                for id in pinned
+            ),
+        )
+        for id, response in zip(pinned, of_pinned, strict=True):
+            if not response.passages:  # this says so if it does not exist
                 await retrieval.GetDocument(
                     retrieval_pb2.GetDocumentRequest(corpus=request.corpus, id=id, end=0),
                     **outgoing(SEARCH_SECONDS),
                 )
-    passages |= {passage.id: passage for passage in found.passages if passage.id not in passages}
+    # The best of each pinned document, then the second best of each ...
+    rounds = zip_longest(*(response.passages for response in of_pinned))
+    first = [passage for passages in rounds for passage in passages if passage is not None]
+    passages = {passage.id: passage for passage in [*first, *found.passages]}
     return Evidence(
         query,
         list(passages.values())[:limit],
@@ -73,6 +81,7 @@ async def _search(
     retrieval: RetrievalServiceStub,
     request: pb.AnswerRequest,
     query: str,
+    mode: SearchMode.ValueType,
     limit: int,
     filter: Filter,
 ) -> retrieval_pb2.SearchResponse:
@@ -80,7 +89,7 @@ async def _search(
         retrieval_pb2.SearchRequest(
             corpus=request.corpus,
             query=query,
-            mode=request.options.search_mode,
+            mode=mode,
             limit=limit,
             filter=filter,
             allow_degraded=request.options.allow_degraded,

@@ -3,6 +3,7 @@
 No method is written twice: what may be called is a list, the rest comes from the descriptors.
 """
 
+import asyncio
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ import grpc
 from google.protobuf.descriptor_pool import Default
 
 from services.runtime.call import outgoing
-from services.runtime.errors import downstream
+from services.runtime.errors import ServiceError, downstream
 
 PUBLIC = {
     "tworoads.v1.RetrievalService": (
@@ -49,6 +50,16 @@ class Forwarder(grpc.GenericRpcHandler):
         return self._handlers.get(handler_call_details.method)
 
 
+async def _passed_on(requests: Any, failed: list[ServiceError]) -> AsyncIterator[bytes]:
+    """Yield the caller's messages; note the error that ends them."""
+    try:
+        async for request in requests:
+            yield request
+    except ServiceError as error:
+        failed.append(error)
+        raise
+
+
 def _handler(method: Any, path: str, channel: grpc.aio.Channel, word: str) -> Any:
     kinds = {
         (False, False): ("unary_unary", grpc.unary_unary_rpc_method_handler),
@@ -65,11 +76,18 @@ def _handler(method: Any, path: str, channel: grpc.aio.Channel, word: str) -> An
             return response
 
     async def stream(request: Any, context: Any) -> AsyncIterator[bytes]:
+        failed: list[ServiceError] = []
+        if method.client_streaming:
+            request = _passed_on(request, failed)
         with downstream(word):
             call = call_next(request, **outgoing())
             try:
                 async for response in call:
                     yield response
+            except (asyncio.CancelledError, grpc.aio.AioRpcError):
+                if failed:  # gRPC only says that the call was cancelled, not by what
+                    raise failed[0] from None
+                raise
             finally:
                 call.cancel()
 

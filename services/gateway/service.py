@@ -26,7 +26,7 @@ from services.gateway.answering import Answering
 from services.gateway.checks import check
 from services.prompts.words import VERSIONS
 from services.runtime.call import outgoing
-from services.runtime.errors import TooLate, Unavailable, downstream
+from services.runtime.errors import ServiceError, downstream
 
 INFO_SECONDS = 2.0
 NO_TUNING = "no tuning service is running"
@@ -85,11 +85,11 @@ class AnswerService(pb_grpc.AnswerServiceServicer):
         )
 
     async def _asked(self, method: Any, request: Any) -> Any:
-        """Return a service's answer, None if it is away."""
+        """Return a service's answer, None if it cannot answer now."""
         try:
             with downstream("needed"):
                 return await method(request, **outgoing(INFO_SECONDS))
-        except (Unavailable, TooLate):
+        except (ServiceError, RuntimeError):
             return None
 
     async def _name(self) -> str:

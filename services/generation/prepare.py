@@ -32,13 +32,13 @@ def prepare(model: str, out: Path, say: Callable[[str], None] = lambda text: Non
         return Path(model).resolve()
     if "/" in model:
         hub_id, _, revision = model.partition("@")
-        name = hub_id.replace("/", "--")
+        name = hub_id.replace("/", "--")  # no hub id has "--" in it
         if not revision:  # what was downloaded once is kept: a restart never changes the model
-            downloaded = sorted(out.glob(f"{name}-*"), key=lambda folder: folder.stat().st_mtime)
+            downloaded = sorted(out.glob(f"{name}--*"), key=lambda folder: folder.stat().st_mtime)
             if downloaded:
                 return _once(downloaded[-1], say, lambda folder: None)
             revision = _newest(hub_id)
-        target = out / f"{name}-{revision}"
+        target = out / f"{name}--{revision}"
         return _once(target, say, lambda folder: _download(hub_id, revision, folder, say))
     gguf, version = _packaged(model)
     return _once(out / f"{model}-{version}", say, lambda folder: _convert(gguf, folder, say))

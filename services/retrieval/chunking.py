@@ -47,7 +47,8 @@ class Chunk:
 def chunk(
     parsed: Parsed, count_tokens: "Callable[[str], int] | Tokenizer", max_tokens: int
 ) -> list[Chunk]:
-    """Chunks of at most `max_tokens` tokens (special tokens not counted), in order.
+    """Chunks of at most `max_tokens` tokens (special tokens not counted), in order. A tokenizer
+    neither truncates nor pads.
 
     They do not overlap and together hold all that is not white space. A document that fits is one
     chunk. A section has its own chunks, but for tiny ones, which join their parent or siblings. One
@@ -56,10 +57,7 @@ def chunk(
     if callable(count_tokens):
         text = _Text(parsed.text, count_tokens, _word_starts(parsed.text, count_tokens))
     else:
-        # A copy: the caller's may cut what is long or fill up what is short.
-        tokenizer = type(count_tokens).from_str(count_tokens.to_str())
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
+        tokenizer = count_tokens
         text = _Text(
             parsed.text,
             lambda piece: len(tokenizer.encode(piece, add_special_tokens=False)),

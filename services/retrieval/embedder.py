@@ -12,12 +12,13 @@ from tworoads.v1 import embedding_pb2 as pb
 from tworoads.v1.embedding_pb2_grpc import EmbeddingServiceStub
 
 from services.runtime.call import outgoing
-from services.runtime.errors import NotReady, Overloaded, downstream
+from services.runtime.errors import NotReady, Overloaded, TooLate, downstream
 
 BATCH = 64  # texts of one call
 BATCHES = 8  # calls for passages at once: enough to keep the model busy, whoever ingests
-FULL_TRIES = 60  # when others fill the embedding service, an ingest waits
+FULL_TRIES = 60  # when the embedding service is full or slow, an ingest waits
 QUERY_SECONDS = 5.0
+PASSAGES_SECONDS = 300.0
 
 
 @dataclass(frozen=True)
@@ -86,10 +87,10 @@ class Embedder:
     async def _patiently(self, batch: Sequence[str]) -> tuple[NDArray[np.float32], str]:
         for _ in range(FULL_TRIES):
             try:
-                return await self._embed(batch, pb.EMBED_KIND_DOCUMENT, None)
-            except Overloaded as full:
-                await asyncio.sleep(full.retry_after or 0)
-        return await self._embed(batch, pb.EMBED_KIND_DOCUMENT, None)
+                return await self._embed(batch, pb.EMBED_KIND_DOCUMENT, PASSAGES_SECONDS)
+            except (Overloaded, TooLate) as error:
+                await asyncio.sleep(error.retry_after or 0)
+        return await self._embed(batch, pb.EMBED_KIND_DOCUMENT, PASSAGES_SECONDS)
 
     async def _embed(
         self, texts: Sequence[str], kind: pb.EmbedKind.ValueType, at_most: float | None

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from services.retrieval.chunking import chunk
-from services.retrieval.corpora import Corpora, Corpus
+from services.retrieval.corpora import HEADROOM, Corpora, Corpus
 from services.retrieval.embedder import Embedder
 from services.retrieval.parser import Parser
 from services.retrieval.stores.store import (
@@ -100,6 +100,7 @@ class Ingest:
         embedder: Embedder,
         parser: Parser,
         committing: asyncio.Lock,
+        room: "Room",
     ) -> None:
         self.progress = Progress()
         self.results: asyncio.Queue[Result | None] = asyncio.Queue()
@@ -114,7 +115,8 @@ class Ingest:
         self._arrived: asyncio.Queue[Incoming | None] = asyncio.Queue(LOOKED_UP)
         self._prepared: asyncio.Queue[_Prepared | None] = asyncio.Queue(AT_ONCE)
         self._places = asyncio.Semaphore(AT_ONCE)
-        self._room = _Room(BYTES_AT_ONCE)
+        self._room = room
+        self._started: set[str] = set()
         self._on_the_way: dict[str, tuple[int, asyncio.Event]] = {}
 
     async def put(self, document: Incoming) -> None:
@@ -140,9 +142,9 @@ class Ingest:
             while more:
                 batch, more = await _waiting(self._arrived, LOOKED_UP)
                 for document, content_hash, stored in await self._look_up(batch):
-                    while document.id in self._on_the_way:  # twice in this stream: one by one
-                        await self._on_the_way[document.id][1].wait()
-                        stored = ""
+                    if document.id in self._started:  # twice in this stream: one by one
+                        stored = await self._stored_now(document.id)
+                    self._started.add(document.id)
                     if document.error:
                         self._failed(document, document.error)
                     elif stored == content_hash:
@@ -163,11 +165,20 @@ class Ingest:
             (document, content_hash, known.get(document.id, ("", ""))[1])
             for document, content_hash in zip(batch, hashes, strict=True)
         ]
-        unchanged = {d.id: known[d.id][0] for d, own, stored in looked_up if stored == own}
+        unchanged = [document.id for document, own, stored in looked_up if stored == own]
         if unchanged:
-            async with self._committing:
-                await self._store.sweep(self._key, unchanged)
+            async with self._committing:  # another stream may have committed newer ones meanwhile
+                now = await self._store.get_versions(self._key, unchanged)
+                current = {id: version for id, (version, _) in now.items()}
+                await self._store.sweep(self._key, current)
         return looked_up
+
+    async def _stored_now(self, id: str) -> str:
+        """Return the stored hash of a document once none of that id is on the way."""
+        if id in self._on_the_way:
+            await self._on_the_way[id][1].wait()
+        known = await self._store.get_versions(self._key, [id])
+        return known.get(id, ("", ""))[1]
 
     async def _prepare(self, document: Incoming, content_hash: str) -> None:
         try:
@@ -197,7 +208,7 @@ class Ingest:
             )
             for index, piece in enumerate(chunks)
         ]
-        texts = [embedded_text(passage) for passage in passages]
+        texts = await asyncio.to_thread(self._embedded_texts, passages)
         vectors = await self._embedder.documents(texts, self._corpus.embedder.hash)
         self.progress.passages += len(passages)
         row = Document(
@@ -213,6 +224,19 @@ class Ingest:
             updated=datetime.now(UTC),
         )
         return _Prepared(row, parsed.text, passages, vectors)
+
+    def _embedded_texts(self, passages: list[Passage]) -> list[str]:
+        """Return what is embedded for each passage: its text, behind as much of its headings as the
+        embedder then still takes."""
+        room = self._corpus.embedder.max_tokens - HEADROOM - self._corpus.chunk_tokens
+        texts = []
+        for passage in passages:
+            headings = " > ".join((passage.title, *passage.heading_path))
+            ends = self._tokenizer.encode(headings, add_special_tokens=False).offsets
+            if len(ends) > room:
+                headings = headings[: ends[room - 1][1]] if room else ""
+            texts.append(f"{headings}\n{passage.text}".lstrip())
+        return texts
 
     async def _commit_all(self) -> None:
         more = True
@@ -258,10 +282,10 @@ class Ingest:
         self.results.put_nowait(result)
 
 
-class _Room:
-    """A budget of bytes. One that is larger than the whole budget goes alone."""
+class Room:
+    """A budget of bytes that all streams share. A document larger than all of it goes alone."""
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int = BYTES_AT_ONCE) -> None:
         self._most = most
         self._taken = 0
         self._given = asyncio.Event()
@@ -275,12 +299,6 @@ class _Room:
     def give(self, size: int) -> None:
         self._taken -= size
         self._given.set()
-
-
-def embedded_text(passage: Passage) -> str:
-    """Return what is embedded for a passage: its headings and its text."""
-    headings = " > ".join((passage.title, *passage.heading_path))
-    return f"{headings}\n{passage.text}"
 
 
 async def _waiting(queue: asyncio.Queue[T | None], most: int) -> tuple[list[T], bool]:

@@ -9,7 +9,7 @@ from typing import Literal
 from services.retrieval.corpora import Corpora
 from services.retrieval.embedder import Embedder
 from services.retrieval.stores.store import CorpusKey, Filter, Hit, Store
-from services.runtime.errors import Unavailable
+from services.runtime.errors import Overloaded, TooLate, Unavailable
 
 Mode = Literal["hybrid", "vector", "text"]
 
@@ -69,7 +69,7 @@ class Searcher:
                 embedding = time.perf_counter()
                 try:
                     vector = await self._embedder.query(query, corpus.embedder.hash)
-                except Unavailable:
+                except (Unavailable, Overloaded, TooLate):
                     if mode == "vector" or not allow_degraded:
                         raise
                     degraded.append("VECTOR_SEARCH")

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from datetime import datetime
+from weakref import WeakValueDictionary
 
 import grpc
 from tworoads.v1 import retrieval_pb2 as pb
@@ -12,7 +13,7 @@ from tworoads.v1 import retrieval_pb2_grpc as pb_grpc
 from services.retrieval import checks
 from services.retrieval.corpora import Corpora, Corpus, Policy
 from services.retrieval.embedder import Embedder
-from services.retrieval.ingest import Incoming, Ingest
+from services.retrieval.ingest import Incoming, Ingest, Room
 from services.retrieval.messages import (
     corpus_of,
     document_of,
@@ -47,7 +48,8 @@ class RetrievalService(pb_grpc.RetrievalServiceServicer):
         self._most_bytes = most_bytes
         self._corpora = Corpora(store, embedder)
         self._searcher = Searcher(store, self._corpora, embedder)
-        self._committing: dict[CorpusKey, asyncio.Lock] = {}
+        self._room = Room()
+        self._committing: WeakValueDictionary[CorpusKey, asyncio.Lock] = WeakValueDictionary()
 
     async def CreateCorpus(
         self, request: pb.CreateCorpusRequest, context: grpc.aio.ServicerContext
@@ -102,6 +104,7 @@ class RetrievalService(pb_grpc.RetrievalServiceServicer):
             self._embedder,
             self._parser,
             self._lock(key),
+            self._room,
         )
         work = asyncio.create_task(_work(ingest, self._documents(request_iterator)))
         try:

@@ -16,6 +16,7 @@ from grpc import StatusCode
 from grpc_status import rpc_status
 
 DOMAIN = "tworoads"
+STOPPING = "STOPPING"  # the reason of a replica that goes or has not come yet
 LONGEST_TEXT = 300  # code points: up to 12 bytes each in a header
 
 
@@ -135,6 +136,8 @@ def from_rpc(error: grpc.aio.AioRpcError, service: str) -> Exception:
     said = error_info(error)
     if said is not None and code in ERRORS and code is not StatusCode.UNAVAILABLE:
         return ERRORS[code](said.reason, error.details() or "", **said.metadata)
+    if said is not None and code is StatusCode.UNAVAILABLE and said.reason != STOPPING:
+        return Unavailable(said.reason, f"the {service} service cannot answer now; try again")
     if code in (StatusCode.UNAVAILABLE, StatusCode.CANCELLED):
         reason = f"{service.upper()}_UNAVAILABLE"
         return Unavailable(reason, f"the {service} service is away; try again")

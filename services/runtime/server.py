@@ -21,14 +21,14 @@ from services.runtime.settings import ServerSettings
 
 MEBIBYTE = 1024 * 1024
 OPTIONS = {
-    "grpc.max_receive_message_length": 4 * MEBIBYTE,
+    "grpc.max_receive_message_length": 16 * MEBIBYTE,
     "grpc.so_reuseport": 0,  # a taken port is an error, not a second server behind it
     # Clients ping every 5 s (channel.py); the default minimum would end such a connection.
     "grpc.http2.min_ping_interval_without_data_ms": 2_000,
     "grpc.keepalive_permit_without_calls": 1,
-    # A connection that lives for ever never learns of new replicas.
+    # A connection that lives for ever never learns of new replicas. Calls on an old one may end in
+    # their own time, however long that is: the grace is unlimited by default.
     "grpc.max_connection_age_ms": 60_000,
-    "grpc.max_connection_age_grace_ms": 600_000,
 }
 
 log = logging.getLogger(__name__)

@@ -33,6 +33,7 @@ def translated() -> Iterator[None]:
     except (RuntimeError, OSError) as error:
         if any(sign in str(error) for sign in FULL):
             raise Overloaded("STORE_FULL", "the disk of the store is full") from error
+        log.warning("LanceDB failed", exc_info=True)
         raise Unavailable("STORE_UNAVAILABLE", "the store failed; try again") from error
 
 
