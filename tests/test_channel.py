@@ -192,3 +192,17 @@ async def test_addresses_may_be_names_or_uris(form: str) -> None:
     async with probe() as server:
         async with connect(form.format(server.server.port), EMBEDDING) as channel:
             await channel.unary_unary(f"/{EMBEDDING}/Embed")(b"")
+
+
+async def test_channels_to_one_address_do_not_share_a_connection() -> None:
+    peers: list[str] = []
+
+    async def embed(request: Any, context: Any) -> EmbedResponse:
+        peers.append(context.peer())
+        return EmbedResponse()
+
+    async with probe(embed=embed) as server:
+        async with connect(server.address, *NAMES) as other:
+            await server.embed()
+            await other.unary_unary(f"/{EMBEDDING}/Embed")(b"")
+    assert len(set(peers)) == 2

@@ -145,7 +145,7 @@ class VllmEngine:
                 StructuredOutputsParams(json=how.json_schema) if how.json_schema else None
             ),
             output_kind=RequestOutputKind.DELTA,
-            stream_interval=1 if how.every_token else min(TOGETHER, 1 + others // 2),
+            stream_interval=1 if how.every_token else min(TOGETHER, 1 + others),
         )
 
 

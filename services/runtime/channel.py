@@ -20,6 +20,9 @@ OPTIONS = {
     "grpc.initial_reconnect_backoff_ms": 200,
     "grpc.min_reconnect_backoff_ms": 200,
     "grpc.max_reconnect_backoff_ms": 5_000,
+    # Channels of one process to one address would share a connection, and gRPC's health checks race
+    # on it: the process dies of a null pointer when it reconnects (seen in 1.78.2).
+    "grpc.use_local_subchannel_pool": 1,
     "grpc.enable_http_proxy": 0,  # a proxy for the web would get the calls to loopback as well
 }
 
