@@ -337,6 +337,8 @@ def tworoads(stack: SmallStack, *words: str, **options) -> subprocess.Popen[str]
         [sys.executable, "-m", "clients.cli", *words],
         env={**os.environ, "TWOROADS_ADDRESS": stack.address, "TERM": "xterm-256color"},
         text=True,
+        # A test run in the background ignores Ctrl-C, and so would what it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options,
     )
 
