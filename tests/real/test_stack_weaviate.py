@@ -57,7 +57,9 @@ async def stack(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Stack
     async with supervised(without_model, folder) as seen, Client(planned.address) as client:
         address = seen.states["retrieval"].address
         async with grpc.aio.insecure_channel(address) as channel:
-            yield Stack(seen, client, RetrievalServiceStub(channel))
+            retrieval = RetrievalServiceStub(channel)
+            await comes_back(retrieval)  # it looks for Weaviate every few seconds
+            yield Stack(seen, client, retrieval)
 
 
 def _free_port() -> int:
