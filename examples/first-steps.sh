@@ -5,7 +5,9 @@ cd "$(dirname "$0")"
 
 run() {
   printf '\n$'
-  printf ' %q' "$@"
+  for word; do
+    if [[ $word == *" "* ]]; then printf ' "%s"' "$word"; else printf ' %s' "$word"; fi
+  done
   printf '\n'
   "$@"
 }
@@ -20,7 +22,7 @@ run tworoads ask "$question" --path rag --corpus handbook
 cat <<'NEXT'
 
 The stack goes on running. What to try next (with .venv/bin on the PATH):
-  tworoads ask "What may a hotel night in Oslo cost?" --corpus handbook
+  tworoads ask "What is the emergency number inside the building?" --corpus handbook
   tworoads search "torque sensor warranty" --corpus handbook
   tworoads ingest YOUR_FOLDER --corpus mine
 `make stop` stops it.
