@@ -148,7 +148,7 @@ async def test_a_bulk_load_does_not_fill_the_queue_of_the_queries(model: FakeMod
         async with busy(model, batcher):
             documents = await embeds(batcher, DOCUMENT, "d", "d")
             query = await embeds(batcher, QUERY, "q")
-        await asyncio.gather(documents, query)
+        assert list(map(len, await asyncio.gather(documents, query))) == [2, 1]
 
 
 async def test_a_failed_batch_fails_its_callers_and_the_next_one_works(model: FakeModel) -> None:
