@@ -15,19 +15,20 @@ from pathlib import Path
 
 from benchmarks.stack import leashed
 from clients import health
-from services.generation import checkpoint
 from services.generation.engine import BLOCK
-from services.generation.processor import this_processor
+from services.generation.processor import environment, executor
 from services.generation.settings import Settings
+from services.runtime import checkpoint
+from services.runtime.processor import this_processor
 
 MODEL = "served"
 
 
 @asynccontextmanager
-async def openai_server(environment: Mapping[str, str], address: str) -> AsyncIterator[Process]:
+async def openai_server(settings: Mapping[str, str], address: str) -> AsyncIterator[Process]:
     """Run the server on `address`, HOST:PORT, while the block runs; it is ready before."""
     command = leashed("benchmarks.openai_server", "--port", address.rpartition(":")[2])
-    process = await asyncio.create_subprocess_exec(*command, env=environment)
+    process = await asyncio.create_subprocess_exec(*command, env=settings)
     try:
         async with aclosing(health.watch(address, f"http://{address}/health")) as answers:
             async for ready in answers:
@@ -44,8 +45,8 @@ async def openai_server(environment: Mapping[str, str], address: str) -> AsyncIt
 
 def _become(settings: Settings, port: int) -> None:
     processor = this_processor()
-    executor = processor.executor(settings.executor)
-    os.environ.update(processor.environment(executor, settings.threads, settings.cache_gib))
+    how = executor(processor, settings.executor)
+    os.environ.update(environment(processor, how, settings.threads, settings.cache_gib))
     folder = Path(settings.model)
     options: dict[str, object] = {
         "model": folder,
@@ -61,8 +62,8 @@ def _become(settings: Settings, port: int) -> None:
         "uvicorn-log-level": "warning",
     }
     flags = ["enable-prefix-caching", "enable-lora", "disable-uvicorn-access-log"]
-    if executor:
-        options["distributed-executor-backend"] = executor
+    if how:
+        options["distributed-executor-backend"] = how
     if processor.gpu:
         options["gpu-memory-utilization"] = settings.gpu_memory
     else:

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from services.generation.checkpoint import Unfit, check, context_length, fingerprint
 from services.generation.prepare import prepare
-from services.generation.processor import DType, Processor
+from services.generation.processor import environment, executor
+from services.runtime.checkpoint import Unfit, check, context_length, fingerprint
+from services.runtime.processor import DType, Processor
 
 
 @pytest.fixture
@@ -112,14 +113,14 @@ def test_the_type_of_the_weights_follows_the_processor(
 
 def test_a_cpu_computes_in_one_process_with_all_its_cores() -> None:
     cpu, gpu = Processor(False, 6, frozenset()), Processor(True, 6, frozenset())
-    assert (cpu.executor("auto"), cpu.executor("mp")) == ("uni", "mp")
-    assert (gpu.executor("auto"), gpu.executor("uni")) == (None, "uni")
-    assert cpu.environment("uni", 0, 2)["OMP_NUM_THREADS"] == "6"
-    assert cpu.environment("uni", 3, 2)["OMP_NUM_THREADS"] == "3"
-    assert "OMP_NUM_THREADS" not in cpu.environment("mp", 0, 2)
-    assert "OMP_NUM_THREADS" not in gpu.environment(None, 0, 2)
+    assert (executor(cpu, "auto"), executor(cpu, "mp")) == ("uni", "mp")
+    assert (executor(gpu, "auto"), executor(gpu, "uni")) == (None, "uni")
+    assert environment(cpu, "uni", 0, 2)["OMP_NUM_THREADS"] == "6"
+    assert environment(cpu, "uni", 3, 2)["OMP_NUM_THREADS"] == "3"
+    assert "OMP_NUM_THREADS" not in environment(cpu, "mp", 0, 2)
+    assert "OMP_NUM_THREADS" not in environment(gpu, None, 0, 2)
     for processor in (cpu, gpu):
-        assert processor.environment("uni", 0, 2)["VLLM_PLUGINS"] == "tworoads"
+        assert environment(processor, "uni", 0, 2)["VLLM_PLUGINS"] == "tworoads"
 
 
 PARENT = """

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from services.embedding.batcher import Kind, Vector
+from services.runtime.processor import BFLOAT16, this_processor
 
 PACKAGED = "all-MiniLM-L6-v2"
 PROMPTS = {Kind.QUERY: ("query",), Kind.DOCUMENT: ("document", "passage", "corpus")}
@@ -174,9 +175,7 @@ def _precision(dtype: str, on_gpu: bool) -> torch.dtype:
     if on_gpu:
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:  # without these instructions bfloat16 is several times slower than float32
-        processor = Path("/proc/cpuinfo")
-        flags = processor.read_text() if processor.exists() else ""
-        fast = "avx512_bf16" in flags or "amx_bf16" in flags
+        fast = bool(BFLOAT16 & this_processor().flags)
     return torch.bfloat16 if fast else torch.float32
 
 

@@ -5,10 +5,10 @@ import asyncio
 from tworoads.v1.generation_pb2 import DESCRIPTOR
 from tworoads.v1.generation_pb2_grpc import add_GenerationServiceServicer_to_server
 
-from services.generation.checkpoint import Unfit
 from services.generation.engine import VllmEngine
 from services.generation.service import GenerationService
 from services.generation.settings import Settings
+from services.runtime.checkpoint import Unfit
 from services.runtime.server import run, running
 
 NAME = DESCRIPTOR.services_by_name["GenerationService"].full_name

@@ -9,13 +9,15 @@ from contextlib import aclosing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from services.generation import checkpoint, plugin
+from services.generation import plugin
 from services.generation.checks import Sampling
-from services.generation.processor import this_processor
+from services.generation.processor import environment, executor
 from services.generation.service import Finish, Load, Model, Piece
 from services.generation.settings import Settings
 from services.prompts.rendering import Renderer
+from services.runtime import checkpoint
 from services.runtime.errors import InvalidInput, Overloaded, Stopping, Unavailable
+from services.runtime.processor import this_processor
 
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
@@ -151,8 +153,8 @@ class VllmEngine:
 
 def _load(settings: Settings, folder: Path, stats: "list[SchedulerStats]") -> "AsyncLLM":
     processor = this_processor()
-    executor = processor.executor(settings.executor)
-    os.environ.update(processor.environment(executor, settings.threads, settings.cache_gib))
+    how = executor(processor, settings.executor)
+    os.environ.update(environment(processor, how, settings.threads, settings.cache_gib))
     os.environ["TWOROADS_GENERATION_LOG_LEVEL"] = settings.log_level
 
     from vllm.config import StructuredOutputsConfig
@@ -179,7 +181,7 @@ def _load(settings: Settings, folder: Path, stats: "list[SchedulerStats]") -> "A
         model=str(folder),
         served_model_name=settings.name or folder.resolve().name,
         dtype=processor.dtype(settings.dtype),
-        distributed_executor_backend=executor,
+        distributed_executor_backend=how,
         max_model_len=checkpoint.context_length(folder, settings.context_length),
         max_num_seqs=settings.max_sequences,
         enable_prefix_caching=True,

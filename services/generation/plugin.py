@@ -1,14 +1,12 @@
 """What vLLM runs in each of its processes before it loads a model."""
 
-import ctypes
 import logging
 import multiprocessing
 import os
 import signal
 
 from services.runtime import logs
-
-PR_SET_PDEATHSIG = 1
+from services.runtime.child import die_with_parent
 
 
 def register() -> None:
@@ -20,9 +18,8 @@ def register() -> None:
     parent = multiprocessing.parent_process()
     if parent is None:
         return
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent.pid:  # it died before the line above
-        os._exit(1)
+    assert parent.pid is not None
+    die_with_parent(parent.pid)
     # Ctrl-C reaches every process of the terminal; the service ends the engine after its calls.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logs.configure(os.environ.get("TWOROADS_GENERATION_LOG_LEVEL", "INFO"))

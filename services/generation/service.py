@@ -162,9 +162,7 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
         return prompt, replace(how, max_tokens=min(wanted, room))
 
     def _score_ids(self, messages: list[Message], text: str) -> tuple[Rendered, list[int]]:
-        limit = self._engine.model.context_length - 1  # the engine writes one token after it scored
-        continuation = self._renderer.continuation(text, limit)
-        return self._renderer.render(messages, limit - len(continuation)), continuation
+        return self._renderer.exchange(messages, text, self._engine.model.context_length)
 
     async def _in_thread(self, render: Callable[..., T], *arguments: Any) -> T:
         loop = asyncio.get_running_loop()

@@ -103,6 +103,18 @@ class Renderer:
             raise PromptTooLong(len(ids), limit)
         return ids
 
+    def exchange(
+        self, messages: Sequence[Message], text: str, context_length: int
+    ) -> tuple[Rendered, list[int]]:
+        """Return a prompt and its continuation as they are scored and trained on: together at most
+        `context_length` - 1 tokens, since the engine writes one token after it scored.
+
+        Droppable parts are left out from the end until it fits. Raises PromptTooLong.
+        """
+        limit = context_length - 1
+        continuation = self.continuation(text, limit)
+        return self.render(messages, limit - len(continuation)), continuation
+
     def _part(self, text: str) -> tuple[int, ...]:
         return self._short(text) if len(text) <= CACHED_LENGTH else self._text_ids(text)
 

@@ -5,18 +5,17 @@ JSON, text) to standard output, until the input ends. A frame is its length, 8 b
 its bytes. JSON, not pickle: a document that takes this process over must not get into the parent.
 """
 
-import ctypes
 import json
 import math
 import os
 import resource
-import signal
 import struct
 import sys
 from importlib import import_module
 from typing import BinaryIO
 
 from services.retrieval.parsing import Limits
+from services.runtime.child import die_with_parent
 from services.runtime.errors import InvalidInput
 
 LENGTH = struct.Struct("!Q")
@@ -24,11 +23,11 @@ READY = b"ready"
 MAX_ANSWER_BYTES = 32 << 20  # of the JSON: enough for about a million sections
 _MEMORY = {"reason": "PARSE_MEMORY", "message": "the document takes too much memory to read"}
 _SECTIONS = {"reason": "TOO_LARGE", "message": "the document has too many sections"}
-_PR_SET_PDEATHSIG = 1
 
 
 def main(module: str, seconds: float, memory_mb: int, limits: Limits) -> None:
-    _die_with_parent()
+    # Even if the parent is killed while a library loops; else the end of the input is enough.
+    die_with_parent(os.getppid())
     # What a library prints must not get between the frames.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -54,15 +53,6 @@ def main(module: str, seconds: float, memory_mb: int, limits: Limits) -> None:
         except MemoryError:
             answer, text = json.dumps(_MEMORY).encode(), b""
         _write(answers, answer, text)
-
-
-def _die_with_parent() -> None:
-    """Even if the parent is killed while a library loops; else the end of the input is enough."""
-    if sys.platform == "linux":
-        parent = os.getppid()
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            sys.exit(1)
 
 
 def _limit_cpu(seconds: float) -> None:

@@ -19,11 +19,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tworoads.v1 import generation_pb2 as pb
 from tworoads.v1.generation_pb2_grpc import GenerationServiceStub
 
-from services.generation.checkpoint import fingerprint
 from services.prompts.rendering import Renderer
 from services.prompts.words import Message, Part, Shown, conversation
 from services.runtime.call import TENANT
 from services.runtime.channel import connect
+from services.runtime.checkpoint import fingerprint
 from services.runtime.errors import error_info
 from tests.real.conftest import GenerationProcess, start_generation
 

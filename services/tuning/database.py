@@ -1,0 +1,79 @@
+"""What survives a restart besides files: one SQLite database for jobs, their events and adapters."""
+
+import sqlite3
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from services.runtime.errors import Overloaded
+
+VERSION = 1
+SCHEMA = """
+CREATE TABLE jobs (
+    number INTEGER PRIMARY KEY AUTOINCREMENT,
+    id TEXT NOT NULL UNIQUE,
+    tenant TEXT NOT NULL,
+    state TEXT NOT NULL,
+    idempotency_key TEXT NOT NULL,
+    upload_hash TEXT NOT NULL,
+    job TEXT NOT NULL
+);
+CREATE UNIQUE INDEX keys ON jobs (tenant, idempotency_key) WHERE idempotency_key != '';
+CREATE TABLE events (
+    job TEXT NOT NULL REFERENCES jobs (id),
+    sequence INTEGER NOT NULL,
+    time REAL NOT NULL,
+    kind TEXT NOT NULL,
+    value TEXT NOT NULL,
+    PRIMARY KEY (job, sequence)
+) WITHOUT ROWID;
+CREATE TABLE adapters (
+    number INTEGER PRIMARY KEY AUTOINCREMENT,
+    tenant TEXT NOT NULL,
+    id TEXT NOT NULL,
+    name TEXT NOT NULL,
+    deleted REAL NOT NULL DEFAULT 0,
+    adapter TEXT NOT NULL,
+    UNIQUE (tenant, id)
+);
+"""
+
+
+class Database:
+    """One connection that all threads share, a transaction at a time."""
+
+    def __init__(self, path: Path) -> None:
+        """Open the database, or make it. Raises ValueError if a newer version of it is there."""
+        self._lock = threading.Lock()
+        self._connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
+        self._connection.row_factory = sqlite3.Row
+        self._connection.execute("PRAGMA journal_mode = WAL")
+        self._connection.execute("PRAGMA synchronous = FULL")
+        [found] = self._connection.execute("PRAGMA user_version").fetchone()
+        if found > VERSION:
+            raise ValueError(f"{path} was written by a newer version of this service")
+        if found < VERSION:
+            self._connection.executescript(f"BEGIN; {SCHEMA} PRAGMA user_version = 1; COMMIT;")
+
+    @contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """Commit what the block does, or nothing of it.
+
+        Raises Overloaded (STORE_FULL) when the disk is full. Blocks: not for the event loop.
+        """
+        with self._lock:
+            try:
+                self._connection.execute("BEGIN IMMEDIATE")
+                yield self._connection
+                self._connection.execute("COMMIT")
+            except BaseException as error:
+                if self._connection.in_transaction:
+                    self._connection.execute("ROLLBACK")
+                if isinstance(error, sqlite3.OperationalError) and "full" in str(error):
+                    raise Overloaded("STORE_FULL", "the disk is full") from error
+                raise
+
+    def close(self) -> None:
+        with self._lock:
+            self._connection.close()
