@@ -6,8 +6,7 @@ async with Client() as client:
     answer = await client.ask("How many days of leave?", corpus="handbook")
 """
 
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from typing import Any, Literal, Self
 
 import grpc
@@ -15,55 +14,44 @@ from tworoads.v1 import answer_pb2, retrieval_pb2
 from tworoads.v1.answer_pb2_grpc import AnswerServiceStub
 from tworoads.v1.generation_pb2 import GenerateOptions
 from tworoads.v1.retrieval_pb2_grpc import RetrievalServiceStub
+from tworoads.v1.tuning_pb2_grpc import TuningServiceStub
 
 from clients.documents import Corpus, Document, Ingested, NewDocument, Progress, Upload, news_of
+from clients.errors import TworoadsError, translated
 from clients.events import Answer, Event, Passage, event_of
 from clients.local import address as local_address
+from clients.tuning import TuningMethods
 from services.runtime.channel import connect
-from services.runtime.errors import error_info
+from services.runtime.status import real_status
+
+__all__ = ["Client", "Mode", "PathName", "TworoadsError"]
 
 PathName = Literal["base", "rag", "tuned", "hybrid", "auto"]
 Mode = Literal["hybrid", "vector", "text"]
 
 ANSWERS = "tworoads.v1.AnswerService"
 RETRIEVAL = "tworoads.v1.RetrievalService"
+TUNING = "tworoads.v1.TuningService"
 MOST_QUESTION = 256 * 1024  # code points; the server takes fewer, but a message may hold them
 MOST_IDS = 1000  # of one DeleteDocumentsRequest
 PAGE = 500
 SECONDS = 60.0
 
-# What is said of a call that none of our services answered.
-UNANSWERED = {
-    grpc.StatusCode.UNAVAILABLE: (
-        "SERVER_UNAVAILABLE",
-        "nothing answers at {address}: start it with `tworoads up`, or see `tworoads status`",
-    ),
-    grpc.StatusCode.DEADLINE_EXCEEDED: ("DEADLINE", "the time for this call is over"),
-}
 
-
-class TworoadsError(Exception):
-    """A call that failed. `code` is the gRPC status, `reason` a stable word."""
-
-    def __init__(self, code: grpc.StatusCode, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.code = code
-        self.reason = reason
-
-
-class Client:
+class Client(TuningMethods):
     """Talks to the gateway at `address` (HOST:PORT); by default to the stack on this machine.
 
-    Every method raises TworoadsError.
+    Every method raises TworoadsError. Those about jobs and adapters are in clients/tuning.py.
     """
 
     def __init__(self, address: str | None = None) -> None:
         self.address = address or local_address()
 
     async def __aenter__(self) -> Self:
-        self._channel = connect(self.address, ANSWERS, RETRIEVAL)
+        self._channel = connect(self.address, ANSWERS, RETRIEVAL, TUNING)
         self._answers = AnswerServiceStub(self._channel)
         self._retrieval = RetrievalServiceStub(self._channel)
+        self._tuning = TuningServiceStub(self._channel)
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -86,7 +74,7 @@ class Client:
         300. `options` are the fields of AnswerOptions (limit, filter, pinned_documents,
         allow_degraded ...) and of GenerateOptions (temperature, seed, stop, max_tokens ...).
         """
-        with self._translated():
+        with translated(self.address):
             request = _answer_request(question, corpus, path, adapter, history, options)
             call = self._answers.Answer(request, timeout=timeout)
             try:
@@ -107,7 +95,7 @@ class Client:
 
     async def create_corpus(self, name: str, allow_existing: bool = True) -> Corpus:
         """Create a corpus, or return the one of this name."""
-        with self._translated():
+        with translated(self.address):
             request = retrieval_pb2.CreateCorpusRequest(name=name, allow_existing=allow_existing)
             response = await self._retrieval.CreateCorpus(request, timeout=SECONDS)
         return Corpus.of(response.corpus)
@@ -116,7 +104,7 @@ class Client:
         """Return all corpora by name."""
         found: list[Corpus] = []
         token = ""
-        with self._translated():
+        with translated(self.address):
             while True:
                 response = await self._retrieval.ListCorpora(
                     retrieval_pb2.ListCorporaRequest(page_size=PAGE, page_token=token),
@@ -129,7 +117,7 @@ class Client:
 
     async def delete_corpus(self, name: str) -> None:
         """Delete a corpus with all its documents."""
-        with self._translated():
+        with translated(self.address):
             await self._retrieval.DeleteCorpus(
                 retrieval_pb2.DeleteCorpusRequest(name=name), timeout=SECONDS
             )
@@ -143,12 +131,13 @@ class Client:
         result among them (a file that could not be read) is passed on. What `documents` raises is
         raised when the documents before it are finished.
         """
-        with self._translated():
+        with translated(self.address):
             upload = Upload(corpus, documents)
             call = self._retrieval.PutDocuments(upload.requests())
             try:
-                async for response in call:
-                    yield news_of(response)
+                async with real_status(call):
+                    async for response in call:
+                        yield news_of(response)
             finally:
                 call.cancel()
         for failed in upload.failed:
@@ -159,7 +148,7 @@ class Client:
     async def document(self, corpus: str, id: str) -> tuple[Document, str]:
         """Return a document and its whole text."""
         text = version = ""
-        with self._translated():
+        with translated(self.address):
             while True:
                 response = await self._retrieval.GetDocument(
                     retrieval_pb2.GetDocumentRequest(corpus=corpus, id=id, start=len(text)),
@@ -176,7 +165,7 @@ class Client:
     async def documents(self, corpus: str) -> AsyncIterator[Document]:
         """Yield all documents of a corpus by id, without their text."""
         token = ""
-        with self._translated():
+        with translated(self.address):
             while True:
                 response = await self._retrieval.ListDocuments(
                     retrieval_pb2.ListDocumentsRequest(
@@ -193,7 +182,7 @@ class Client:
     async def delete(self, corpus: str, ids: Sequence[str]) -> int:
         """Delete documents; return how many of them existed."""
         deleted = 0
-        with self._translated():
+        with translated(self.address):
             for start in range(0, len(ids), MOST_IDS):
                 response = await self._retrieval.DeleteDocuments(
                     retrieval_pb2.DeleteDocumentsRequest(
@@ -214,7 +203,7 @@ class Client:
     ) -> list[Passage]:
         """Return the best passages for a query."""
         _check_length(query, "query")
-        with self._translated():
+        with translated(self.address):
             request = retrieval_pb2.SearchRequest(
                 corpus=corpus,
                 query=query,
@@ -227,28 +216,11 @@ class Client:
 
     async def server_info(self) -> answer_pb2.GetServerInfoResponse:
         """Return what the server is and which paths are open."""
-        with self._translated():
+        with translated(self.address):
             response: answer_pb2.GetServerInfoResponse = await self._answers.GetServerInfo(
                 answer_pb2.GetServerInfoRequest(), timeout=10
             )
         return response
-
-    @contextmanager
-    def _translated(self) -> Iterator[None]:
-        try:
-            yield
-        except UnicodeEncodeError as error:
-            raise TworoadsError(
-                grpc.StatusCode.INVALID_ARGUMENT, "NOT_TEXT", "what was sent is not UTF-8 text"
-            ) from error
-        except grpc.aio.AioRpcError as error:
-            code, said = error.code(), error_info(error)
-            if said is None and code in UNANSWERED:
-                reason, message = UNANSWERED[code]
-                raise TworoadsError(code, reason, message.format(address=self.address)) from error
-            reason = said.reason if said else code.name
-            message = error.details() or code.name.lower()
-            raise TworoadsError(code, reason, message) from error
 
 
 def _answer_request(

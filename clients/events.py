@@ -24,6 +24,7 @@ class Started:
     model: str
     corpus_version: str
     query: str
+    warnings: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,7 @@ class Answer:
     path: str = ""
     reason: str = ""
     explanation: str = ""
+    adapter: str = ""
     model: str = ""
     finish: str = ""
     citations: list[Citation] = field(default_factory=list)
@@ -123,6 +125,7 @@ class Answer:
     usage: dict[str, int] = field(default_factory=dict)
     timings_ms: dict[str, float] = field(default_factory=dict)
     degraded: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
     def add(self, event: Event) -> None:
         """Join one more event."""
@@ -130,6 +133,7 @@ class Answer:
             case Started():
                 self.path, self.reason = event.path, event.reason
                 self.explanation, self.model = event.explanation, event.model
+                self.adapter, self.warnings = event.adapter, event.warnings
             case Passages():
                 self.passages = event.passages
             case Text():
@@ -148,6 +152,7 @@ class Answer:
             "answer": self.text,
             "path": self.path,
             "reason": self.reason,
+            "adapter": self.adapter,
             "finish": self.finish,
             "citations": [vars(citation) for citation in self.citations],
             "unsupported": [list(span) for span in self.unsupported],
@@ -155,6 +160,7 @@ class Answer:
             "usage": self.usage,
             "timings_ms": self.timings_ms,
             "degraded": self.degraded,
+            "warnings": self.warnings,
         }
 
 
@@ -172,6 +178,7 @@ def event_of(response: pb.AnswerResponse) -> Event | None:
                 started.model,
                 started.corpus_version,
                 started.query,
+                list(started.warnings),
             )
         case "passages":
             return Passages([Passage.of(passage) for passage in response.passages.passages])

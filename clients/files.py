@@ -11,7 +11,7 @@ from services.retrieval.media_types import JSON_LINES, TEXT, media_type_of
 
 
 class FileError(ValueError):
-    """A file that cannot be ingested, in one sentence."""
+    """A file that cannot be used, in one sentence."""
 
 
 def find(paths: Iterable[Path]) -> list[tuple[Path, str]]:

@@ -16,6 +16,7 @@ HOST = "127.0.0.1"
 # Below the ports that outgoing connections get: none of those can take a service's port while the
 # service is started again, nor connect to itself when nobody listens.
 PORTS = range(20_000, 32_768)
+MODEL = ("TWOROADS_GENERATION_MODEL", "TWOROADS_TUNING_MODEL")
 GRACE_SECONDS = 5  # shorter than the supervisor waits before it kills
 HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?(@[\w.-]+)?")  # or the name of a package
 
@@ -43,7 +44,7 @@ def plan(
         raise LocalError(
             f"Port {port} of {HOST} is taken by another program; choose another with --port."
         )
-    embedding, retrieval, generation, *metrics = free_addresses(7)
+    embedding, retrieval, generation, tuning, *metrics = free_addresses(9)
     front = f"{HOST}:{port}"
     model = model or DEFAULT
     preparing = _preparing(model)
@@ -57,13 +58,35 @@ def plan(
             metrics[1],
             {"EMBEDDING": embedding, "STORE": store, **store_env},
         ),
-        _service("generation", "GenerationService", generation, metrics[2], {}),
+        _service(
+            "generation",
+            "GenerationService",
+            generation,
+            metrics[2],
+            {"TUNING": tuning, "ADAPTERS": str(folder / "generation")},
+        ),
+        _service(
+            "tuning",
+            "TuningService",
+            tuning,
+            metrics[3],
+            {
+                "FOLDER": str(folder / "tuning"),
+                "GENERATION": generation,
+                "RETRIEVAL": retrieval,
+            },
+        ),
         _service(
             "gateway",
             "AnswerService",
             front,
-            metrics[3],
-            {"RETRIEVAL": retrieval, "EMBEDDING": embedding, "GENERATION": generation},
+            metrics[4],
+            {
+                "RETRIEVAL": retrieval,
+                "EMBEDDING": embedding,
+                "GENERATION": generation,
+                "TUNING": tuning,
+            },
         ),
     )
     return Stack(front, store, Path(model).name, (preparing, *store_children, *services))
@@ -94,14 +117,14 @@ def _service(name: str, service: str, listen: str, metrics: str, env: dict[str, 
 
 
 def _preparing(model: str) -> Child:
-    """Return what finds or makes the model's folder and tells it to generation."""
+    """Return what finds or makes the model's folder and tells it to those who load it."""
     folder = Path(model).expanduser().absolute()
     if not folder.is_dir() and not HUB_ID.fullmatch(model):
         raise LocalError(f"There is no model folder {folder}; --model takes a folder or a hub id.")
     source = str(folder) if folder.is_dir() else model
     out = str(cache_folder() / "models")
     argv = module("services.generation.prepare", "--out", out, "--model", source)
-    return Child("model", argv, once=True, gives="TWOROADS_GENERATION_MODEL")
+    return Child("model", argv, once=True, gives=MODEL)
 
 
 def _store(

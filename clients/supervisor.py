@@ -35,8 +35,8 @@ class Child:
     """The full name of a gRPC service, or a URL that answers 200 when ready."""
     metrics: str = ""
     once: bool = False
-    gives: str = ""
-    """With `once`: the variable that its last line becomes in the environment of the others."""
+    gives: Sequence[str] = ()
+    """With `once`: the variables that its last line becomes in the environment of the others."""
 
 
 @dataclass(frozen=True)
@@ -141,8 +141,7 @@ class Supervisor:
         self._forget(child)
         if code:
             raise StartFailed(f"Preparing the {child.name} {_ended(code)}.", self._tail(child))
-        if child.gives:
-            self._given[child.gives] = self._tail(child).rpartition("\n")[2]
+        self._given |= dict.fromkeys(child.gives, self._tail(child).rpartition("\n")[2])
         self._set(child, "done", seconds=time.time() - self._states[child.name].started)
 
     async def _keep(self, child: Child) -> None:

@@ -30,7 +30,7 @@ def children(folder: Path, preparation: tuple[str, ...]) -> tuple[dict[str, str]
         "WEAVIATE_KEY_FILE": str(key_file),
     }
     return settings, [
-        Child("weaviate-program", preparation, once=True, gives=BINARY),
+        Child("weaviate-program", preparation, once=True, gives=(BINARY,)),
         Child(
             "weaviate",
             ("/bin/sh", "-c", start),

@@ -27,6 +27,10 @@ from tworoads.v1.retrieval_pb2_grpc import (
     RetrievalServiceStub,
     add_RetrievalServiceServicer_to_server,
 )
+from tworoads.v1.tuning_pb2_grpc import (
+    TuningServiceStub,
+    add_TuningServiceServicer_to_server,
+)
 
 from services.gateway.forward import PUBLIC, Forwarder
 from services.gateway.service import AnswerService
@@ -38,6 +42,7 @@ from services.retrieval.stores.store import Store
 from services.runtime.channel import connect
 from services.runtime.server import Server, running
 from services.runtime.settings import ServerSettings
+from tests.fake_tuning import TUNING, FakeTuning
 
 ANSWERS = "tworoads.v1.AnswerService"
 RETRIEVAL = "tworoads.v1.RetrievalService"
@@ -55,11 +60,14 @@ class FakeEmbedding(EmbeddingServiceServicer):
         self.embedded: list[str] = []
         self.error: Exception | None = None
         self.refused = 0
+        self.meeting: asyncio.Barrier | None = None  # another call that must be under way too
 
     async def Embed(self, request, context):
         if self.error:
             self.refused += 1
             raise self.error
+        if self.meeting:
+            await self.meeting.wait()
         self.embedded += request.texts
         vectors = [embedding_pb2.Vector(values=_vector(text)) for text in request.texts]
         return embedding_pb2.EmbedResponse(vectors=vectors, model_hash=self.hash)
@@ -129,6 +137,7 @@ class SmallStack:
     address: str
     embedding: FakeEmbedding
     generation: FakeGeneration
+    tuning: FakeTuning
     store: Store
     retrieval: RetrievalServiceStub
     servers: dict[str, Server]
@@ -154,31 +163,38 @@ async def retrieval_stack(
 
 
 @asynccontextmanager
-async def small_stack(folder: Path, **options: object) -> AsyncIterator[SmallStack]:
+async def small_stack(
+    folder: Path, tuning: FakeTuning | None = None, **options: object
+) -> AsyncIterator[SmallStack]:
     """Run gateway and retrieval for real, over LanceDB in `folder`, with fake models."""
-    embedding, generation = FakeEmbedding(), FakeGeneration()
+    embedding, generation, tuning = FakeEmbedding(), FakeGeneration(), tuning or FakeTuning()
     settings = ServerSettings(grace_seconds=0)
     async with (
         LanceStore.open(folder) as store,
         retrieval_stack(store, embedding, **options) as (retrieval_server, embedding_server),
         running(settings, [GENERATION]) as generation_server,
+        running(settings, [TUNING]) as tuning_server,
         running(settings, [ANSWERS, *PUBLIC], trusted=False) as gateway,
         connect(f"127.0.0.1:{retrieval_server.port}", RETRIEVAL) as retrieval,
         connect(f"127.0.0.1:{embedding_server.port}", EMBEDDING) as embedding_channel,
         connect(f"127.0.0.1:{generation_server.port}", GENERATION) as generation_channel,
+        connect(f"127.0.0.1:{tuning_server.port}", TUNING) as tuning_channel,
     ):
         await generation_server.serve(
             lambda s: add_GenerationServiceServicer_to_server(generation, s)
         )
+        await tuning_server.serve(lambda s: add_TuningServiceServicer_to_server(tuning, s))
         answers = AnswerService(
             RetrievalServiceStub(retrieval),
             EmbeddingServiceStub(embedding_channel),
             GenerationServiceStub(generation_channel),
+            TuningServiceStub(tuning_channel),
         )
         channels = {
             RETRIEVAL: retrieval,
             EMBEDDING: embedding_channel,
             GENERATION: generation_channel,
+            TUNING: tuning_channel,
         }
 
         def forward(server: grpc.aio.Server) -> None:
@@ -189,6 +205,7 @@ async def small_stack(folder: Path, **options: object) -> AsyncIterator[SmallSta
             f"127.0.0.1:{gateway.port}",
             embedding,
             generation,
+            tuning,
             store,
             RetrievalServiceStub(retrieval),
             {
@@ -196,6 +213,7 @@ async def small_stack(folder: Path, **options: object) -> AsyncIterator[SmallSta
                 "retrieval": retrieval_server,
                 "embedding": embedding_server,
                 "generation": generation_server,
+                "tuning": tuning_server,
             },
         )
 

@@ -1,28 +1,21 @@
 """The commands that talk to the gateway, as a user types them."""
 
-import asyncio
 import io
 import json
-import os
-import pty
 import re
 import signal
 import socket
-import subprocess
-import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
-from dataclasses import dataclass
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clients.cli.app import main
 from clients.cli.ask import Printer
 from services.gateway.citations.sentences import SentenceSplitter
 from services.runtime.errors import Overloaded
+from tests.command import Ran, in_a_thread, on_a_terminal, tworoads, typed
 from tests.small_stack import FakeGeneration, SmallStack, small_stack
 
 LEAVE = "Employees get 27 days of paid leave. Ask for leave ten days ahead."
@@ -30,43 +23,13 @@ QUESTION = "How many days of leave?"
 EVIL = "\x1b[2J\x1b]0;owned\x07\x9b31m\u202e"  # clears the screen, renames the window, turns text
 
 
-@dataclass
-class Ran:
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self):
-        return json.loads(self.out)
-
-
 Run = Callable[..., Ran]
 
 
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory) -> Iterator[SmallStack]:
-    """A running stack, in a thread: a command runs an event loop of its own."""
-    started = threading.Event()
-    found: list[SmallStack] = []
-
-    async def serve() -> None:
-        loop, stop = asyncio.get_running_loop(), asyncio.Event()
-        async with small_stack(tmp_path_factory.mktemp("store")) as running:
-            found.append(running)
-            ends.append(lambda: loop.call_soon_threadsafe(stop.set))
-            started.set()
-            await stop.wait()
-
-    ends: list[Callable[[], object]] = []
-    thread = threading.Thread(target=asyncio.run, args=[serve()])
-    thread.start()
-    assert started.wait(20)
-    yield found[0]
-    ends[0]()
-    thread.join()
+    with in_a_thread(small_stack(tmp_path_factory.mktemp("store"))) as running:
+        yield running
 
 
 @pytest.fixture
@@ -82,20 +45,7 @@ def run(stack, generation, monkeypatch, capsys) -> Run:
     monkeypatch.setenv("TWOROADS_ADDRESS", stack.address)
     monkeypatch.delenv("TWOROADS_CORPUS", raising=False)
 
-    def typed(*words: object, stdin: bytes = b"") -> Ran:
-        read, write = os.pipe()
-        with open(write, "wb") as pipe:
-            pipe.write(stdin)
-        with open(read) as piped:
-            monkeypatch.setattr(sys, "argv", ["tworoads", *map(str, words)])
-            monkeypatch.setattr(sys, "stdin", piped)
-            with pytest.raises(SystemExit) as end:
-                main()
-                sys.exit(0)
-        out, err = capsys.readouterr()
-        return Ran(end.value.code or 0, out, err)
-
-    return typed
+    return lambda *words, stdin=b"": typed(words, stdin, monkeypatch, capsys)
 
 
 @pytest.fixture
@@ -266,7 +216,7 @@ def test_what_a_terminal_might_obey_is_never_printed(run, tmp_path, generation):
         (["ask", "\udcff"], "what was sent is not UTF-8 text"),
         (["ask", "-"], "standard input is not UTF-8 text"),
         (["ask", QUESTION, "--path", "tuned"], "name it with --adapter"),
-        (["ask", QUESTION, "--path", "hybrid", "--adapter", "a@1"], "--path base or --path rag"),
+        (["ask", QUESTION, "--path", "tuned", "--adapter", "a"], "with `tworoads adapters`"),
     ],
 )
 def test_an_error_is_one_sentence_that_says_what_to_do(run, here, words, says):
@@ -332,20 +282,9 @@ def test_the_help_shows_the_docstring_and_json(run, command):
     assert f"Usage: tworoads {command}" in ran.out and "--json" in ran.out
 
 
-def tworoads(stack: SmallStack, *words: str, **options) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "clients.cli", *words],
-        env={**os.environ, "TWOROADS_ADDRESS": stack.address, "TERM": "xterm-256color"},
-        text=True,
-        # A test run in the background ignores Ctrl-C, and so would what it starts.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options,
-    )
-
-
 def test_ctrl_c_ends_an_answer_without_a_traceback(stack, generation):
     generation.hold_after = 2
-    with tworoads(stack, "ask", QUESTION, "--path", "base") as process:
+    with tworoads(stack.address, "ask", QUESTION, "--path", "base") as process:
         assert process.stdout.read(4) == "I do"
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=10)
@@ -355,7 +294,7 @@ def test_ctrl_c_ends_an_answer_without_a_traceback(stack, generation):
 
 def test_a_reader_that_leaves_gets_no_traceback(stack, generation):
     generation.answer = "word " * 50_000
-    with tworoads(stack, "ask", QUESTION, "--path", "base") as process:
+    with tworoads(stack.address, "ask", QUESTION, "--path", "base") as process:
         assert process.stdout.read(4) == "word"
         process.stdout.close()
         err = process.stderr.read()
@@ -366,28 +305,14 @@ def test_a_terminal_sees_progress_and_a_pipe_does_not(stack, tmp_path):
     for number in range(3):
         (tmp_path / f"{number}.txt").write_text("Some words.")
     words = ("ingest", str(tmp_path), "--corpus", "progress")
-    screen, terminal = pty.openpty()
-    with tworoads(stack, *words, stderr=terminal) as process:
-        os.close(terminal)
-        shown = b""
-        while piece := _read(screen):
-            shown += piece
-        out = process.stdout.read()
-    os.close(screen)
-    assert "3/3" in shown.decode() and "3 passages" in shown.decode()
+    out, shown = on_a_terminal(stack.address, *words)
+    assert "3/3" in shown and "3 passages" in shown
     assert out == "3 indexed, 0 unchanged, 0 failed in corpus progress.\n"
-    with tworoads(stack, *words) as process:
+    with tworoads(stack.address, *words) as process:
         assert process.communicate() == (
             "0 indexed, 3 unchanged, 0 failed in corpus progress.\n",
             "",
         )
-
-
-def _read(screen: int) -> bytes:
-    try:
-        return os.read(screen, 65536)
-    except OSError:  # the terminal has no one left who writes
-        return b""
 
 
 SENTENCES = (

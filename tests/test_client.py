@@ -214,7 +214,7 @@ async def test_a_search_returns_passages_with_their_offsets(client):
         ({"corpus": "absent"}, "NOT_FOUND", "CORPUS_NOT_FOUND"),
         ({"path": "rag", "corpus": ""}, "INVALID_ARGUMENT", "CORPUS_MISSING"),
         ({"path": "tuned"}, "FAILED_PRECONDITION", "ADAPTER_MISSING"),
-        ({"path": "tuned", "adapter": "a@1"}, "FAILED_PRECONDITION", "PATH_CLOSED"),
+        ({"path": "tuned", "adapter": "a"}, "NOT_FOUND", "ADAPTER_NOT_FOUND"),
         ({"history": [("a" * 5_000_000, "b")]}, "INVALID_ARGUMENT", "HISTORY_TOO_LONG"),
         ({"history": [("a" * 20_000_000, "b")]}, "RESOURCE_EXHAUSTED", "RESOURCE_EXHAUSTED"),
     ],

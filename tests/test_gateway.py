@@ -209,14 +209,25 @@ async def test_a_passage_cannot_close_its_own_delimiter(stack, answers):
         ({"path": 99}, "INVALID_ARGUMENT", "PATH_UNKNOWN"),
         ({"path": retrieval_pb2.PATH_TUNED}, "FAILED_PRECONDITION", "ADAPTER_MISSING"),
         (
-            {"path": retrieval_pb2.PATH_TUNED, "adapter": "a"},
+            {"path": retrieval_pb2.PATH_HYBRID, "corpus": "c"},
             "FAILED_PRECONDITION",
-            "PATH_CLOSED",
+            "ADAPTER_MISSING",
         ),
         (
+            {"path": retrieval_pb2.PATH_HYBRID, "adapter": "a"},
+            "INVALID_ARGUMENT",
+            "CORPUS_MISSING",
+        ),
+        ({"path": retrieval_pb2.PATH_TUNED, "adapter": "a"}, "NOT_FOUND", "ADAPTER_NOT_FOUND"),
+        (
             {"path": retrieval_pb2.PATH_HYBRID, "adapter": "a", "corpus": "c"},
-            "FAILED_PRECONDITION",
-            "PATH_CLOSED",
+            "NOT_FOUND",
+            "ADAPTER_NOT_FOUND",
+        ),
+        (
+            {"path": retrieval_pb2.PATH_TUNED, "adapter": "../x"},
+            "INVALID_ARGUMENT",
+            "ADAPTER_NAME_INVALID",
         ),
         ({"history": [pb.Turn()] * 33}, "INVALID_ARGUMENT", "HISTORY_TOO_LONG"),
         ({"options": pb.AnswerOptions(limit=51)}, "INVALID_ARGUMENT", "LIMIT_OUT_OF_RANGE"),
@@ -362,9 +373,15 @@ async def test_server_info_says_which_paths_are_open_and_why_not(stack, answers)
     assert (info.model, info.embedding_model, info.context_length) == ("fake", "fake", 2048)
     paths = {path.path: (path.open, path.reason) for path in info.paths}
     assert paths[retrieval_pb2.PATH_RAG] == (True, "")
-    assert paths[retrieval_pb2.PATH_TUNED] == (False, "no tuning service is running")
+    assert all(path.open for path in info.paths)
     stack.servers["retrieval"]._calls.serving = False
     info = await answers.GetServerInfo(pb.GetServerInfoRequest())
     paths = {path.path: path.reason for path in info.paths}
     assert paths[retrieval_pb2.PATH_RAG] == "the retrieval service is away"
-    assert paths[retrieval_pb2.PATH_BASE] == ""
+    assert paths[retrieval_pb2.PATH_HYBRID] == "the retrieval service is away"
+    assert paths[retrieval_pb2.PATH_BASE] == paths[retrieval_pb2.PATH_TUNED] == ""
+    stack.servers["tuning"]._calls.serving = False
+    info = await answers.GetServerInfo(pb.GetServerInfoRequest())
+    paths = {path.path: path.reason for path in info.paths}
+    assert paths[retrieval_pb2.PATH_TUNED] == "the tuning service is away"
+    assert paths[retrieval_pb2.PATH_BASE] == paths[retrieval_pb2.PATH_AUTO] == ""

@@ -98,7 +98,7 @@ async def ready(folder: Path) -> StackState:
 
 
 async def test_preparations_come_first_and_then_all_start_and_get_ready(tmp_path: Path) -> None:
-    prepare = Child("model", module("platform"), once=True, gives="PLATFORM")
+    prepare = Child("model", module("platform"), once=True, gives=["PLATFORM", "SYSTEM"])
     async with supervised([prepare, fake("a", tmp_path), fake("b", tmp_path)], tmp_path) as seen:
         steps = [tuple(state.status for state in states) for states in seen.states]
         assert steps[:5] == [
@@ -111,7 +111,8 @@ async def test_preparations_come_first_and_then_all_start_and_get_ready(tmp_path
         assert steps[-1] == ("done", "ready", "ready")
         pids = [seen.last(name).pid for name in ("a", "b")]
         environment = Path(f"/proc/{pids[0]}/environ").read_text().split("\0")
-        assert f"PLATFORM={platform.platform()}" in environment
+        for variable in ("PLATFORM", "SYSTEM"):
+            assert f"{variable}={platform.platform()}" in environment
     assert not any(map(runs, pids))
     assert (tmp_path / "stopped").read_text() == "b\na\n"  # the front, then the rest
 
@@ -259,9 +260,10 @@ def test_a_detached_stack_that_fails_says_why(tmp_path: Path) -> None:
 def test_the_plan_tells_every_service_where_the_others_are(tmp_path: Path) -> None:
     port = free_port()
     model, *services = plan(tmp_path, "lancedb", "", None, str(tmp_path), port).children
-    assert model.argv[-1] == str(tmp_path) and model.gives == "TWOROADS_GENERATION_MODEL"
+    assert model.argv[-1] == str(tmp_path)
+    assert model.gives == ("TWOROADS_GENERATION_MODEL", "TWOROADS_TUNING_MODEL")
     children = {child.name: child for child in services}
-    assert list(children) == ["embedding", "retrieval", "generation", "gateway"]
+    assert list(children) == ["embedding", "retrieval", "generation", "tuning", "gateway"]
     gateway, retrieval = children["gateway"].env, children["retrieval"].env
     assert gateway["TWOROADS_GATEWAY_LISTEN"] == f"127.0.0.1:{port}"
     for name, child in children.items():
@@ -270,8 +272,14 @@ def test_the_plan_tells_every_service_where_the_others_are(tmp_path: Path) -> No
             assert gateway[f"TWOROADS_GATEWAY_{name.upper()}"] == child.address
     assert retrieval["TWOROADS_RETRIEVAL_EMBEDDING"] == children["embedding"].address
     assert retrieval["TWOROADS_RETRIEVAL_FOLDER"] == str(tmp_path / "store")
+    generation, tuning = children["generation"], children["tuning"]
+    assert generation.env["TWOROADS_GENERATION_TUNING"] == tuning.address
+    assert generation.env["TWOROADS_GENERATION_ADAPTERS"] == str(tmp_path / "generation")
+    assert tuning.env["TWOROADS_TUNING_GENERATION"] == generation.address
+    assert tuning.env["TWOROADS_TUNING_RETRIEVAL"] == children["retrieval"].address
+    assert tuning.env["TWOROADS_TUNING_FOLDER"] == str(tmp_path / "tuning")
     used = [address for c in children.values() for address in (c.address, c.metrics)]
-    assert len(set(used)) == 8
+    assert len(set(used)) == 10
 
 
 def test_a_weaviate_server_that_runs_already_is_used(tmp_path: Path) -> None:

@@ -5,12 +5,13 @@ from collections.abc import Callable
 
 import typer
 
-from clients.cli import ask, documents, logs, status, up
+from clients.cli import adapters, ask, documents, jobs, logs, status, tune, up
 from clients.local import LocalError
 
 app = typer.Typer(
     name="tworoads",
-    help="Answers questions about your documents, by retrieval, with citations that are checked.",
+    help="Answers questions about your documents, by retrieval, with citations that are checked,"
+    " and by adapters that are trained on your examples.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -27,8 +28,11 @@ for command in (
     documents.delete,
     documents.search,
     ask.ask,
+    tune.tune,
 ):
     app.command()(command)
+app.add_typer(jobs.app, name="jobs")
+app.add_typer(adapters.app, name="adapters")
 
 
 def main() -> None:

@@ -8,10 +8,16 @@ import typer
 
 from clients.cli.output import DEFAULT_CORPUS, Address, Corpus, Json, line, plain, print_json, run
 from clients.client import Client, PathName
-from clients.events import Answer, Citation, Text, Unsupported
+from clients.events import Answer, Citation, Started, Text, Unsupported
 from clients.local import LocalError
 
 UNSUPPORTED = "[?]"
+WARNINGS = {
+    "ADAPTER_WITHOUT_CONTEXT": "this adapter never saw passages while it was trained and may read"
+    " them badly; train one with `tworoads tune --corpus`, or ask it with --path tuned.",
+    "ADAPTER_NEEDS_CONTEXT": "this adapter was always shown passages while it was trained and may"
+    " answer badly without; ask it with --path hybrid.",
+}
 
 # Where a sentence may end: a stop, a line break, or white space that is the last so far.
 _END = r"(?:[.!?…。！？｡]|\s*\n|\s+\Z)"
@@ -25,7 +31,12 @@ def ask(
     path: Annotated[
         PathName, typer.Option(help="The road to the answer; auto follows the corpus's policy.")
     ] = "auto",
-    adapter: Annotated[str, typer.Option(help="Adapter for tuned and hybrid.")] = "",
+    adapter: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME[@HASH]", help="Adapter for tuned and hybrid; NAME is its newest version."
+        ),
+    ] = "",
     limit: Annotated[
         int, typer.Option(min=1, max=50, help="The most passages to show the model.")
     ] = 3,
@@ -86,6 +97,8 @@ async def _ask(client: Client, question: str, options: dict[str, Any]) -> None:
         async for event in client.answer(question, **options):
             answer.add(event)
             match event:
+                case Started():
+                    _introduce(event)
                 case Text():
                     printer.text(event.text)
                 case Citation():
@@ -95,6 +108,14 @@ async def _ask(client: Client, question: str, options: dict[str, Any]) -> None:
     finally:
         printer.end()
     printer.notes(answer)
+
+
+def _introduce(started: Started) -> None:
+    """Say which adapter answers, apart from the answer, and what to know of it."""
+    if started.adapter:
+        print(line(f"{started.adapter} answers."), file=sys.stderr)
+    for warning in started.warnings:
+        print(f"Warning: {WARNINGS.get(warning, line(warning))}", file=sys.stderr)
 
 
 def _standard_input() -> str:
@@ -149,8 +170,10 @@ class Printer:
             print(f'\n{label} "{line(citation.quote)}"\n    {line(citation.document)}, {span}')
         if answer.unsupported:
             print(f"\n{UNSUPPORTED} no passage supports this sentence")
-        if answer.degraded:
-            print(f"\nLeft out because a service is away: {', '.join(answer.degraded)}")
+        if "TUNING" in answer.degraded:
+            print("\nThe tuning service is away: there may be a newer version of the adapter.")
+        if left_out := [part for part in answer.degraded if part != "TUNING"]:
+            print(f"\nLeft out because a service is away: {', '.join(left_out)}")
 
     def _print(self, count: int) -> None:
         text, self._held = self._held[:count], self._held[count:]

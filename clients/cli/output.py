@@ -4,6 +4,7 @@ import asyncio
 import json
 import re
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from datetime import datetime
 from typing import Annotated, Any, TypeVar
 
 import grpc
@@ -22,8 +23,18 @@ CONTROL = re.compile(
 ADVICE = {
     "CORPUS_NOT_FOUND": "make it with `tworoads ingest FOLDER --corpus NAME`,"
     " or see which there are with `tworoads documents`",
-    "PATH_CLOSED": "ask with --path base or --path rag",
+    "CORPUS_MISSING": "name it with --corpus",
     "ADAPTER_MISSING": "name it with --adapter",
+    "ADAPTER_NOT_FOUND": "see which there are with `tworoads adapters`",
+    "ADAPTER_VERIFYING": "wait until it is measured: `tworoads adapters` says",
+    "ADAPTER_NOT_ACCEPTED": "see what was measured with `tworoads adapters show NAME@HASH`,"
+    " and let it answer all the same with `tworoads adapters accept NAME@HASH`",
+    "ADAPTER_INCOMPATIBLE": "train it again, for the model that runs now, with `tworoads tune`",
+    "JOB_NOT_FOUND": "see which there are with `tworoads jobs`",
+    "EXAMPLES_INVALID": "mend these lines, then run this again",
+    "QUESTIONS_INVALID": "mend these lines, then run this again",
+    "TOO_FEW_EXAMPLES": "add some; a few dozen teach a form of answers",
+    "QUANTIZATION_NEEDS_GPU": "leave out --quantized",
     "QUESTION_EMPTY": "say what you want to know",
     "QUERY_EMPTY": "say what to find",
     "STORE_FULL": "free some space, then run this again",
@@ -70,9 +81,19 @@ def line(text: str) -> str:
 
 
 def print_json(value: Any) -> None:
-    """Print a value as indented JSON, with what a terminal might obey as escapes."""
-    text = json.dumps(value, ensure_ascii=False, indent=2)
+    """Print a value, which may hold dataclasses and times, as indented JSON, with what a terminal
+    might obey as escapes."""
+    text = json.dumps(value, ensure_ascii=False, indent=2, default=_encodable)
     print(CONTROL.sub(lambda char: f"\\u{ord(char[0]):04x}", text))
+
+
+def duration(seconds: float) -> str:
+    """Return a time span in words, such as "3 min 12 s"."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
@@ -82,6 +103,10 @@ def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     for cells in lines:
         padded = (cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
         print("  ".join(padded).rstrip())
+
+
+def _encodable(value: Any) -> Any:
+    return value.isoformat(timespec="seconds") if isinstance(value, datetime) else vars(value)
 
 
 async def _with_client(address: str, work: Callable[[Client], Awaitable[T]]) -> T:

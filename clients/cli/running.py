@@ -36,7 +36,8 @@ POLL_SECONDS = 0.2
 NEXT = """\
   tworoads ingest FOLDER           put documents into the corpus "documents"
   tworoads ask "..."               ask about them; the answer quotes its sources
-  tworoads ask --path base "..."   ask the model alone\
+  tworoads ask --path base "..."   ask the model alone
+  tworoads tune FILE --name NAME   teach it to answer as your examples do\
 """
 
 

@@ -18,7 +18,9 @@ STOP_SECONDS = 45.0  # more than twice what the supervisor gives a child
 
 Data = Annotated[
     Path | None,
-    typer.Option(help="Folder of the stack: documents and logs.", show_default="the user's own"),
+    typer.Option(
+        help="Folder of the stack: documents, adapters, logs.", show_default="the user's own"
+    ),
 ]
 
 

@@ -7,6 +7,7 @@ from tworoads.v1.answer_pb2_grpc import add_AnswerServiceServicer_to_server
 from tworoads.v1.embedding_pb2_grpc import EmbeddingServiceStub
 from tworoads.v1.generation_pb2_grpc import GenerationServiceStub
 from tworoads.v1.retrieval_pb2_grpc import RetrievalServiceStub
+from tworoads.v1.tuning_pb2_grpc import TuningServiceStub
 
 from services.gateway.forward import PUBLIC, Forwarder
 from services.gateway.service import AnswerService
@@ -17,6 +18,7 @@ from services.runtime.server import run, running
 RETRIEVAL = "tworoads.v1.RetrievalService"
 EMBEDDING = "tworoads.v1.EmbeddingService"
 GENERATION = "tworoads.v1.GenerationService"
+TUNING = "tworoads.v1.TuningService"
 
 
 async def main(settings: Settings) -> None:
@@ -26,13 +28,20 @@ async def main(settings: Settings) -> None:
         connect(settings.retrieval, RETRIEVAL) as retrieval,
         connect(settings.embedding, EMBEDDING) as embedding,
         connect(settings.generation, GENERATION) as generation,
+        connect(settings.tuning, TUNING) as tuning,
     ):
         answers = AnswerService(
             RetrievalServiceStub(retrieval),
             EmbeddingServiceStub(embedding),
             GenerationServiceStub(generation),
+            TuningServiceStub(tuning),
         )
-        channels = {RETRIEVAL: retrieval, EMBEDDING: embedding, GENERATION: generation}
+        channels = {
+            RETRIEVAL: retrieval,
+            EMBEDDING: embedding,
+            GENERATION: generation,
+            TUNING: tuning,
+        }
 
         def forward(grpc_server: Any) -> None:
             grpc_server.add_generic_rpc_handlers((Forwarder(channels),))

@@ -1,29 +1,30 @@
 """How a question is answered: the path is chosen, passages are searched, the model writes, and
 every sentence is checked against what the model was shown."""
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, field
 
 from tworoads.v1 import answer_pb2 as pb
-from tworoads.v1 import generation_pb2, retrieval_pb2
+from tworoads.v1 import generation_pb2
 from tworoads.v1.generation_pb2_grpc import GenerationServiceStub
-from tworoads.v1.retrieval_pb2 import (
-    PATH_AUTO,
-    PATH_BASE,
-    PATH_HYBRID,
-    PATH_RAG,
-    PATH_TUNED,
-    PATH_UNSPECIFIED,
-    Path,
-)
 from tworoads.v1.retrieval_pb2_grpc import RetrievalServiceStub
 
+from services.gateway.adapters import Adapters
 from services.gateway.checking import Checking
 from services.gateway.evidence import Evidence, query_of, search
-from services.prompts.words import Message, Shown, conversation, rewriting, stops
+from services.gateway.routes import Route, route_of, with_adapter
+from services.prompts.words import (
+    DEFAULT_VERSION,
+    Message,
+    Shown,
+    conversation,
+    rewriting,
+    stops,
+)
 from services.runtime.call import current, outgoing
-from services.runtime.errors import NotFound, NotReady, Overloaded, TooLate, Unavailable, downstream
+from services.runtime.errors import Overloaded, TooLate, Unavailable, downstream
 
 ROLES = {
     "system": generation_pb2.ROLE_SYSTEM,
@@ -38,15 +39,6 @@ REWRITTEN_TOKENS = 64
 MOST_STOPS = 8  # of GenerateOptions.stop
 
 
-@dataclass(frozen=True)
-class Route:
-    """The path that is taken, and why."""
-
-    path: Path.ValueType
-    reason: str
-    explanation: str
-
-
 @dataclass
 class Answering:
     """Answers one question. `events` is the whole story."""
@@ -54,62 +46,51 @@ class Answering:
     request: pb.AnswerRequest
     retrieval: RetrievalServiceStub
     generation: GenerationServiceStub
+    adapters: Adapters
     model: str
     started: float = field(default_factory=time.perf_counter)
 
     async def events(self) -> AsyncIterator[pb.AnswerResponse]:
         """Yield the answer's events, in the order of AnswerService.Answer."""
-        route = await self._route()
-        evidence = None
-        if route.path == PATH_RAG:
-            query = await self._query()
-            try:
-                evidence = await search(self.retrieval, self.request, query)
-            except (Unavailable, Overloaded, TooLate):
-                if not self.request.options.allow_degraded:
-                    raise
-                route = Route(
-                    PATH_BASE, "DEGRADED", "retrieval is away: the model answers without documents"
-                )
+        route, evidence = await self._prepared()
         yield self._started(route, evidence)
         if evidence is not None:
             passages = pb.AnswerPassages(passages=evidence.passages)
             yield pb.AnswerResponse(passages=passages)
             if not evidence.passages:
-                yield self._no_evidence(evidence)
+                reason = pb.ANSWER_FINISH_REASON_NO_EVIDENCE
+                yield self._finished(pb.AnswerFinished(reason=reason), route, evidence)
                 return
-        degraded = ["RETRIEVAL"] if route.reason == "DEGRADED" else []
-        async for event in self._written(evidence, degraded):
+        async for event in self._written(route, evidence):
             yield event
 
-    async def _route(self) -> Route:
-        path = self.request.path
-        if path in (PATH_TUNED, PATH_HYBRID):
-            if not self.request.adapter:
-                raise NotReady("ADAPTER_MISSING", "this path needs an adapter: say which one")
-            raise NotReady("PATH_CLOSED", "this path needs a tuning service, and none is running")
-        if path not in (PATH_AUTO, PATH_UNSPECIFIED):
-            return Route(path, "ASKED", "the caller asked for this path")
-        if not self.request.corpus:
-            return Route(
-                PATH_BASE, "NO_CORPUS", "no corpus was given, so there is nothing to search"
-            )
+    async def _prepared(self) -> tuple[Route, Evidence | None]:
+        """Choose the route and search; look its adapter up at the same time."""
+        route = await route_of(self.request, self.retrieval)
+        if not route.asked:
+            evidence = await self._evidence(route)
+        else:
+            async with asyncio.TaskGroup() as group:
+                looking_up = group.create_task(with_adapter(route, self.adapters))
+                evidence = await self._evidence(route)
+            searched, route = route.searches, looking_up.result()
+            if route.searches and not searched:  # a policy's TUNED that is closed
+                evidence = await self._evidence(route)
+        if route.searches and evidence is None:
+            route = route.without_documents()
+        return route, evidence
+
+    async def _evidence(self, route: Route) -> Evidence | None:
+        """Search, if the route does; None too if that fails and the caller allows it."""
+        if not route.searches:
+            return None
+        query = await self._query()
         try:
-            with downstream("retrieval"):
-                response = await self.retrieval.GetPolicy(
-                    retrieval_pb2.GetPolicyRequest(corpus=self.request.corpus), **outgoing()
-                )
-        except NotFound as error:
-            if error.reason != "POLICY_NOT_FOUND":
+            return await search(self.retrieval, self.request, query)
+        except (Unavailable, Overloaded, TooLate):
+            if not self.request.options.allow_degraded:
                 raise
-            return Route(PATH_RAG, "NO_POLICY", "the corpus has no policy yet, so it is searched")
-        except Unavailable:
-            return Route(PATH_RAG, "NO_POLICY", "the corpus's policy cannot be read")
-        if response.policy.path in (PATH_TUNED, PATH_HYBRID):
-            return Route(
-                PATH_RAG, "POLICY_CLOSED", "the policy names an adapter, which cannot be served now"
-            )
-        return Route(response.policy.path, "POLICY", "the corpus's policy names this path")
+            return None
 
     async def _query(self) -> str:
         request = self.request
@@ -127,9 +108,10 @@ class Answering:
         return text.strip() or query_of(request)
 
     async def _written(
-        self, evidence: Evidence | None, degraded: list[str]
+        self, route: Route, evidence: Evidence | None
     ) -> AsyncIterator[pb.AnswerResponse]:
         request = self.request
+        version = route.adapter.prompt_version if route.adapter else DEFAULT_VERSION
         passages = evidence.passages if evidence else []
         shown = [Shown(passage.id, passage.title, passage.text) for passage in passages]
         messages = conversation(
@@ -137,18 +119,20 @@ class Answering:
             shown if evidence else None,
             _turns(request.history),
             _turns(request.options.examples),
+            version,
         )
         options = generation_pb2.GenerateOptions()
         options.CopyFrom(request.options.generate)
-        options.stop.extend(stops()[: MOST_STOPS - len(options.stop)])
+        options.stop.extend(stops(version)[: MOST_STOPS - len(options.stop)])
         prompt = generation_pb2.PromptInfo()
         finish = generation_pb2.GenerateFinish()
         first_text = 0.0
-        checking = Checking(passages)
+        checking = Checking(passages, version)
         with downstream("generation"):
             call = self.generation.Generate(
                 generation_pb2.GenerateRequest(
                     messages=_messages(messages),
+                    adapter=route.adapter.id if route.adapter else "",
                     options=options,
                     every_token=request.options.every_token,
                 ),
@@ -183,34 +167,34 @@ class Answering:
                 input_tokens=prompt.tokens,
                 output_tokens=finish.tokens,
                 cached_tokens=prompt.cached_tokens,
-                degraded=degraded,
                 unused_passages=[p.id for p in passages if p.id not in set(prompt.used_parts)],
                 timings=timings,
             ),
+            route,
             evidence,
         )
 
     def _started(self, route: Route, evidence: Evidence | None) -> pb.AnswerResponse:
+        code, sentence = route.warning or ("", "")
         return pb.AnswerResponse(
             started=pb.AnswerStarted(
                 request_id=current.get().request_id,
                 path=route.path,
                 reason=route.reason,
-                explanation=route.explanation,
+                explanation="; ".join(filter(None, (route.explanation, sentence))),
+                adapter=route.adapter.id if route.adapter else "",
                 model=self.model,
                 corpus_version=evidence.corpus_version if evidence else "",
                 query=evidence.query if evidence else "",
+                warnings=[code] if code else [],
             )
         )
 
-    def _no_evidence(self, evidence: Evidence) -> pb.AnswerResponse:
-        reason = pb.ANSWER_FINISH_REASON_NO_EVIDENCE
-        return self._finished(pb.AnswerFinished(reason=reason), evidence)
-
     def _finished(
-        self, finished: pb.AnswerFinished, evidence: Evidence | None
+        self, finished: pb.AnswerFinished, route: Route, evidence: Evidence | None
     ) -> pb.AnswerResponse:
         finished.timings.total = self._elapsed()
+        finished.degraded.extend(route.degraded)
         if evidence:
             finished.timings.embed = evidence.embed_ms
             finished.timings.search = evidence.search_ms

@@ -7,17 +7,19 @@ from tworoads.v1 import answer_pb2 as pb
 from tworoads.v1.retrieval_pb2 import Passage
 
 from services.gateway.citations.checker import Citation, CitationChecker, Source, Unsupported
-from services.prompts.words import abstention
+from services.prompts.words import DEFAULT_VERSION, abstention
 
 
 class Checking:
     """The check of one answer: `begin` when the model has read its prompt, `feed` each text, then
-    `finish`. Without passages there is nothing to check against, and no verdicts come."""
+    `finish`. Without passages there is nothing to check against, and no verdicts come. `version` is
+    that of the prompt."""
 
-    def __init__(self, passages: Sequence[Passage]) -> None:
+    def __init__(self, passages: Sequence[Passage], version: str = DEFAULT_VERSION) -> None:
         self._sources = [Source(p.id, p.document_id, p.start, p.text) for p in passages]
         self._checker: CitationChecker | None = None
         self._answer = ""
+        self._abstention = abstention(version)
         # Preparing the sources takes milliseconds: they pass while the model reads the prompt.
         prepare = asyncio.to_thread(CitationChecker, self._sources)
         self._preparing = asyncio.create_task(prepare)
@@ -54,7 +56,7 @@ class Checking:
     def _abstains(self, verdict: Citation | Unsupported) -> bool:
         """Say whether the sentence only says that the passages hold no answer."""
         sentence = self._answer[verdict.answer_start : verdict.answer_end]
-        return isinstance(verdict, Unsupported) and sentence == abstention()
+        return isinstance(verdict, Unsupported) and sentence == self._abstention
 
 
 def _event(verdict: Citation | Unsupported) -> pb.AnswerResponse:

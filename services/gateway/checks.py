@@ -6,10 +6,11 @@ from tworoads.v1 import answer_pb2 as pb
 from tworoads.v1.retrieval_pb2 import (
     PATH_HYBRID,
     PATH_RAG,
+    PATH_TUNED,
     Path,
 )
 
-from services.runtime.errors import InvalidInput
+from services.runtime.errors import InvalidInput, NotReady
 
 MOST_QUESTION = 8192
 MOST_TURNS = 32
@@ -19,8 +20,8 @@ DEFAULT_PASSAGES = 3
 
 
 def check(request: pb.AnswerRequest) -> None:
-    """Raise InvalidInput for a request that can never be answered; what the services behind check
-    themselves is left to them."""
+    """Raise InvalidInput for a request that can never be answered, NotReady (ADAPTER_MISSING) if it
+    does not say with which adapter; what the services behind check themselves is left to them."""
     if len(request.question) > MOST_QUESTION:
         raise InvalidInput(
             "QUESTION_TOO_LONG", f"a question has at most {MOST_QUESTION} characters"
@@ -31,6 +32,8 @@ def check(request: pb.AnswerRequest) -> None:
         raise InvalidInput("PATH_UNKNOWN", "there is no such path")
     if request.path in (PATH_RAG, PATH_HYBRID) and not request.corpus:
         raise InvalidInput("CORPUS_MISSING", "this path needs a corpus to search")
+    if request.path in (PATH_TUNED, PATH_HYBRID) and not request.adapter:
+        raise NotReady("ADAPTER_MISSING", "this path needs an adapter: say which one")
     _check_turns(request.history, "HISTORY_TOO_LONG")
     options = request.options
     _check_turns(options.examples, "EXAMPLES_INVALID")

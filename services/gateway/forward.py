@@ -5,6 +5,7 @@ No method is written twice: what may be called is a list, the rest comes from th
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc
@@ -12,6 +13,7 @@ from google.protobuf.descriptor_pool import Default
 
 from services.runtime.call import outgoing
 from services.runtime.errors import ServiceError, downstream
+from services.runtime.status import real_status
 
 PUBLIC = {
     "tworoads.v1.RetrievalService": (
@@ -30,6 +32,19 @@ PUBLIC = {
     ),
     "tworoads.v1.EmbeddingService": ("Embed", "GetModel"),
     "tworoads.v1.GenerationService": ("GetModel",),
+    "tworoads.v1.TuningService": (
+        "CreateJob",
+        "GetJob",
+        "WatchJob",
+        "CancelJob",
+        "ListJobs",
+        "ListAdapters",
+        "GetAdapter",
+        "ImportAdapter",
+        "DownloadAdapter",
+        "AcceptAdapter",
+        "DeleteAdapter",
+    ),
 }
 
 
@@ -50,16 +65,6 @@ class Forwarder(grpc.GenericRpcHandler):
         return self._handlers.get(handler_call_details.method)
 
 
-async def _passed_on(requests: Any, failed: list[ServiceError]) -> AsyncIterator[bytes]:
-    """Yield the caller's messages; note the error that ends them."""
-    try:
-        async for request in requests:
-            yield request
-    except ServiceError as error:
-        failed.append(error)
-        raise
-
-
 def _handler(method: Any, path: str, channel: grpc.aio.Channel, word: str) -> Any:
     kinds = {
         (False, False): ("unary_unary", grpc.unary_unary_rpc_method_handler),
@@ -71,24 +76,42 @@ def _handler(method: Any, path: str, channel: grpc.aio.Channel, word: str) -> An
     call_next = getattr(channel, kind)(path)
 
     async def unary(request: Any, context: Any) -> bytes:
-        with downstream(word):
-            response: bytes = await call_next(request, **outgoing())
+        async with _calling(request, method, call_next, word) as call:
+            response: bytes = await call
             return response
 
     async def stream(request: Any, context: Any) -> AsyncIterator[bytes]:
-        failed: list[ServiceError] = []
-        if method.client_streaming:
-            request = _passed_on(request, failed)
-        with downstream(word):
-            call = call_next(request, **outgoing())
-            try:
-                async for response in call:
-                    yield response
-            except (asyncio.CancelledError, grpc.aio.AioRpcError):
-                if failed:  # gRPC only says that the call was cancelled, not by what
-                    raise failed[0] from None
-                raise
-            finally:
-                call.cancel()
+        async with _calling(request, method, call_next, word) as call:
+            async for response in call:
+                yield response
 
     return make_handler(stream if method.server_streaming else unary)
+
+
+@asynccontextmanager
+async def _calling(request: Any, method: Any, call_next: Any, word: str) -> AsyncIterator[Any]:
+    """Call the service `word`; the call is over when the block is."""
+    failed: list[ServiceError] = []
+    if method.client_streaming:
+        request = _passed_on(request, failed)
+    with downstream(word):
+        call = call_next(request, **outgoing())
+        try:
+            async with real_status(call):
+                yield call
+        except (asyncio.CancelledError, grpc.aio.AioRpcError):
+            if failed:  # gRPC only says that the call was cancelled, not by what
+                raise failed[0] from None
+            raise
+        finally:
+            call.cancel()
+
+
+async def _passed_on(requests: Any, failed: list[ServiceError]) -> AsyncIterator[bytes]:
+    """Yield the caller's messages; note the error that ends them."""
+    try:
+        async for request in requests:
+            yield request
+    except ServiceError as error:
+        failed.append(error)
+        raise

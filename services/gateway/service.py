@@ -21,7 +21,10 @@ from tworoads.v1.retrieval_pb2 import (
     ListCorporaRequest,
 )
 from tworoads.v1.retrieval_pb2_grpc import RetrievalServiceStub
+from tworoads.v1.tuning_pb2 import ListAdaptersRequest
+from tworoads.v1.tuning_pb2_grpc import TuningServiceStub
 
+from services.gateway.adapters import Adapters
 from services.gateway.answering import Answering
 from services.gateway.checks import check
 from services.prompts.words import VERSIONS
@@ -29,7 +32,6 @@ from services.runtime.call import outgoing
 from services.runtime.errors import ServiceError, downstream
 
 INFO_SECONDS = 2.0
-NO_TUNING = "no tuning service is running"
 
 
 class AnswerService(pb_grpc.AnswerServiceServicer):
@@ -40,36 +42,43 @@ class AnswerService(pb_grpc.AnswerServiceServicer):
         retrieval: RetrievalServiceStub,
         embedding: EmbeddingServiceStub,
         generation: GenerationServiceStub,
+        tuning: TuningServiceStub,
     ) -> None:
         self._retrieval = retrieval
         self._embedding = embedding
         self._generation = generation
+        self._tuning = tuning
+        self._adapters = Adapters(tuning)
         self._model = ""
 
     async def Answer(
         self, request: pb.AnswerRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.AnswerResponse]:
         check(request)
-        answering = Answering(request, self._retrieval, self._generation, await self._name())
+        answering = Answering(
+            request, self._retrieval, self._generation, self._adapters, await self._name()
+        )
         async for event in answering.events():
             yield event
 
     async def GetServerInfo(
         self, request: pb.GetServerInfoRequest, context: grpc.aio.ServicerContext
     ) -> pb.GetServerInfoResponse:
-        model, embedder, corpora = await asyncio.gather(
+        model, embedder, corpora, adapters = await asyncio.gather(
             self._asked(self._generation.GetModel, GenerationServiceGetModelRequest()),
             self._asked(self._embedding.GetModel, EmbeddingServiceGetModelRequest()),
             self._asked(self._retrieval.ListCorpora, ListCorporaRequest(page_size=1)),
+            self._asked(self._tuning.ListAdapters, ListAdaptersRequest(page_size=1)),
         )
         base = "" if model else "the generation service is away"
         rag = base or ("" if embedder else "the embedding service is away")
         rag = rag or ("" if corpora else "the retrieval service is away")
+        tuning = "" if adapters else "the tuning service is away"
         closed = {
             PATH_BASE: base,
             PATH_RAG: rag,
-            PATH_TUNED: NO_TUNING,
-            PATH_HYBRID: NO_TUNING,
+            PATH_TUNED: base or tuning,
+            PATH_HYBRID: rag or tuning,
             PATH_AUTO: base,
         }
         return pb.GetServerInfoResponse(

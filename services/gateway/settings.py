@@ -19,3 +19,6 @@ class Settings(ServerSettings):
 
     generation: str = "127.0.0.1:50053"
     """Address of the generation service."""
+
+    tuning: str = "127.0.0.1:50054"
+    """Address of the tuning service."""

@@ -71,6 +71,10 @@ class Server:
         """Make `until_stopped` return."""
         self._stop.set()
 
+    async def stopping(self) -> None:
+        """Return when the stop begins, while calls still run."""
+        await self._stop.wait()
+
     async def until_stopped(self) -> None:
         """Return on `stop`, SIGTERM or SIGINT, when the calls have ended and what they use may be
         closed. A second signal ends the process at once."""
