@@ -130,6 +130,7 @@ async def import_requests(
     if examples is not None:
         async for chunk in chunks(examples):
             yield pb.ImportAdapterRequest(examples=chunk)
+    yield pb.ImportAdapterRequest(end=pb.ImportAdapterEnd())
 
 
 def unpack(content: BinaryIO, files: Sequence[AdapterFile], folder: Path) -> None:

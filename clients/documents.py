@@ -134,6 +134,7 @@ class Upload:
             yield pb.PutDocumentsRequest(document=header)
             for start in range(0, len(document.content), CHUNK):
                 yield pb.PutDocumentsRequest(chunk=document.content[start : start + CHUNK])
+        yield pb.PutDocumentsRequest(end=pb.PutDocumentsEnd())
 
     async def _next(self) -> NewDocument | None:
         while True:

@@ -253,6 +253,7 @@ async def _create_requests(
     if questions is not None:
         async for chunk in chunks(questions):
             yield pb.CreateJobRequest(questions=chunk)
+    yield pb.CreateJobRequest(end=pb.CreateJobEnd())
 
 
 async def _resumed(call_again: Callable[[], Any]) -> AsyncGenerator[Any, None]:

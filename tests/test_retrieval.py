@@ -22,6 +22,9 @@ def start(corpus: str = "c") -> pb.PutDocumentsRequest:
     return pb.PutDocumentsRequest(start=pb.PutDocumentsStart(corpus=corpus))
 
 
+END = pb.PutDocumentsRequest(end=pb.PutDocumentsEnd())
+
+
 def document(id: str, content: bytes | str, media_type: str = "text/plain", **fields):
     header = pb.PutDocumentsDocument(id=id, media_type=media_type, **fields)
     content = content.encode() if isinstance(content, str) else content
@@ -31,7 +34,7 @@ def document(id: str, content: bytes | str, media_type: str = "text/plain", **fi
 
 
 async def put(stack: SmallStack, *documents: Iterable, corpus: str = "c") -> dict:
-    parts = [start(corpus), *(part for parts in documents for part in parts)]
+    parts = [start(corpus), *(part for parts in documents for part in parts), END]
     results = {}
     async for response in stack.retrieval.PutDocuments(iter(parts)):
         if response.HasField("result"):
@@ -206,7 +209,7 @@ async def test_many_documents_with_some_broken_lose_none_of_the_others(stack):
 
 
 async def test_progress_comes_first_and_counts_to_the_end(stack):
-    parts = [start(), *document("a", "owls"), *document("b", "larks")]
+    parts = [start(), *document("a", "owls"), *document("b", "larks"), END]
     events = [event async for event in stack.retrieval.PutDocuments(iter(parts))]
     assert events[0].WhichOneof("event") == "progress"
     last = events[-1].progress
@@ -243,6 +246,12 @@ async def test_a_stream_that_breaks_off_loses_only_what_had_no_result(stack):
             "PART_OUT_OF_ORDER",
         ),
         ([start(), start()], grpc.StatusCode.INVALID_ARGUMENT, "PART_OUT_OF_ORDER"),
+        (
+            [start(), END, *document("a", "x")],
+            grpc.StatusCode.INVALID_ARGUMENT,
+            "PART_OUT_OF_ORDER",
+        ),
+        ([start(), *document("a", "x")], grpc.StatusCode.INVALID_ARGUMENT, "END_MISSING"),
         (
             [
                 start(),

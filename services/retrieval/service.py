@@ -235,9 +235,12 @@ class RetrievalService(pb_grpc.RetrievalServiceServicer):
         header: pb.PutDocumentsDocument | None = None
         content = bytearray()
         size = 0
+        ended = False
         async for request in requests:
             part = request.WhichOneof("part")
-            if part == "chunk" and header is not None:
+            if part == "end" and not ended:
+                ended = True
+            elif part == "chunk" and header is not None and not ended:
                 if len(request.chunk) > MOST_CHUNK:
                     raise InvalidInput("CHUNK_TOO_LARGE", "a chunk has at most 1 MiB")
                 size += len(request.chunk)
@@ -245,15 +248,18 @@ class RetrievalService(pb_grpc.RetrievalServiceServicer):
                     content += request.chunk
                 else:
                     content.clear()
-            elif part == "document":
+            elif part == "document" and not ended:
                 if header is not None:
                     yield self._incoming(header, bytes(content), size)
                 header, size = request.document, 0
                 content = bytearray()
             else:
                 raise InvalidInput(
-                    "PART_OUT_OF_ORDER", "after `start` come documents, each with its chunks"
+                    "PART_OUT_OF_ORDER",
+                    "after `start` come documents, each with its chunks, then `end`",
                 )
+        if not ended:
+            raise InvalidInput("END_MISSING", "the stream broke off: it ends with `end`")
         if header is not None:
             yield self._incoming(header, bytes(content), size)
 

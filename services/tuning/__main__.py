@@ -1,0 +1,93 @@
+"""`python -m services.tuning --model FOLDER`"""
+
+import asyncio
+import os
+import sys
+from contextlib import closing
+from pathlib import Path
+
+from tworoads.v1.generation_pb2 import DESCRIPTOR as GENERATION
+from tworoads.v1.generation_pb2_grpc import GenerationServiceStub
+from tworoads.v1.retrieval_pb2 import DESCRIPTOR as RETRIEVAL
+from tworoads.v1.retrieval_pb2_grpc import RetrievalServiceStub
+from tworoads.v1.tuning_pb2 import DESCRIPTOR
+from tworoads.v1.tuning_pb2_grpc import add_TuningServiceServicer_to_server
+
+from services.prompts.rendering import Renderer
+from services.runtime.channel import connect
+from services.runtime.checkpoint import Unfit
+from services.runtime.processor import this_processor
+from services.runtime.server import run, running
+from services.tuning import base_model
+from services.tuning.database import Database
+from services.tuning.jobs import Jobs
+from services.tuning.owner import owned
+from services.tuning.registry import Registry
+from services.tuning.service import TuningService
+from services.tuning.settings import Settings
+from services.tuning.trainer import ChildTrainer
+from services.tuning.uploads import MEBIBYTE, Uploads
+from services.tuning.verifying import Verifier
+
+NAME = DESCRIPTOR.services_by_name["TuningService"].full_name
+
+
+def open_renderer(model: Path) -> Renderer:
+    """Read the tokenizer of a checkpoint. Blocks."""
+    # Only the trainer, a process of its own, needs torch: here it would take 400 MiB and 3 s.
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no torch
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
+    # What a tokenizer cuts or pads by itself is not what generation renders; and uploads share it.
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    return Renderer(tokenizer)
+
+
+async def main(settings: Settings) -> None:
+    generation = GENERATION.services_by_name["GenerationService"].full_name
+    retrieval = RETRIEVAL.services_by_name["RetrievalService"].full_name
+    gpu = this_processor().gpu
+    async with (
+        running(settings, [NAME]) as server,
+        connect(settings.generation, generation) as generation_channel,
+        connect(settings.retrieval, retrieval) as retrieval_channel,
+    ):
+        with owned(settings.folder) as folder, closing(Database(folder / "tuning.db")) as database:
+            try:
+                base = await asyncio.to_thread(
+                    base_model.load, settings.model, settings.name, settings.context_length
+                )
+                renderer = await asyncio.to_thread(open_renderer, settings.model)
+            except Unfit as error:
+                raise SystemExit(f"cannot train {settings.model}: {error}") from error
+            registry = Registry(folder, database)
+            searching = RetrievalServiceStub(retrieval_channel)
+            async with Jobs(
+                folder,
+                database,
+                registry,
+                base,
+                renderer,
+                ChildTrainer(settings.model, settings.dtype, settings.threads),
+                Verifier(GenerationServiceStub(generation_channel)),
+                searching,
+                max_jobs=settings.max_jobs,
+                max_queued=settings.max_queued,
+                retry_seconds=settings.retrieval_seconds,
+            ) as jobs:
+                tmp, max_rank = folder / "tmp", settings.max_lora_rank
+                most_bytes = settings.upload_mb * MEBIBYTE
+                uploads = Uploads(tmp, jobs, base, renderer, searching, max_rank, gpu, most_bytes)
+                service = TuningService(jobs, uploads, registry, base, max_rank, tmp)
+                await server.serve(lambda s: add_TuningServiceServicer_to_server(service, s))
+                stopping = asyncio.create_task(server.stopping())
+                stopping.add_done_callback(lambda _: jobs.stop())
+                await server.until_stopped()
+
+
+if __name__ == "__main__":
+    chosen = Settings(_cli_parse_args=True)  # type: ignore[call-arg]
+    run(lambda: main(chosen), chosen)

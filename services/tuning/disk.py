@@ -1,0 +1,56 @@
+"""Writes files so that they are there after a crash, and says when the disk is full."""
+
+import errno
+import hashlib
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from services.runtime.errors import Overloaded
+from services.tuning.job import File
+
+BLOCK = 1024 * 1024
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextmanager
+def space() -> Iterator[None]:
+    """Turn a full disk into Overloaded (STORE_FULL)."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL:
+            raise Overloaded("STORE_FULL", "the disk is full") from error
+        raise
+
+
+def write(path: Path, blocks: Iterable[bytes]) -> File:
+    """Write a file that nobody may change afterwards. It lasts once `sync` was called for its
+    folder."""
+    digest = hashlib.sha256()
+    with path.open("xb") as file:
+        for block in blocks:
+            digest.update(block)
+            file.write(block)
+        os.fchmod(file.fileno(), 0o444)
+        file.flush()
+        os.fsync(file.fileno())
+        size = file.tell()
+    return File(path.name, size, digest.hexdigest())
+
+
+def read(path: Path) -> Iterator[bytes]:
+    """Return a file's content in blocks."""
+    with path.open("rb") as file:
+        while block := file.read(BLOCK):
+            yield block
+
+
+def sync(folder: Path) -> None:
+    """Make what was created in, moved to or removed from a folder last."""
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
