@@ -9,7 +9,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from services.prompts.words import Message, Part
-from services.tuning.base_model import BaseModel, load
+from services.tuning.adapters.base_model import BaseModel, load
 from services.tuning.job import Manifest, Options, Probe, TokenScore
 
 HIDDEN, WIDE, VOCABULARY = 8, 12, 32

@@ -33,16 +33,16 @@ from services.runtime.channel import connect
 from services.runtime.errors import NotFound, ServiceError
 from services.runtime.server import running
 from services.runtime.settings import ServerSettings
-from services.tuning.base_model import BaseModel
+from services.tuning.adapters.base_model import BaseModel
+from services.tuning.adapters.registry import Registry
+from services.tuning.adapters.verifying import Verifier
 from services.tuning.database import Database
 from services.tuning.job import Options, Progress
 from services.tuning.jobs import Jobs
 from services.tuning.messages import messages_of
-from services.tuning.registry import Registry
 from services.tuning.service import TuningService
 from services.tuning.trainer import Trained, TrainingFailed
 from services.tuning.uploads import Uploads
-from services.tuning.verifying import Verifier
 from tests.tiny_tokenizer import TinyTokenizer
 
 TUNING = "tworoads.v1.TuningService"

@@ -11,8 +11,8 @@ from safetensors.numpy import save_file
 
 from services.runtime.checkpoint import Unfit, fingerprint
 from services.runtime.errors import InvalidInput, NotReady, ServiceError
-from services.tuning import adapter_files
-from services.tuning.base_model import BaseModel, load
+from services.tuning.adapters import files as adapter_files
+from services.tuning.adapters.base_model import BaseModel, load
 from tests.small_adapter import (
     HIDDEN,
     MAX_RANK,

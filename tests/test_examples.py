@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from services.prompts.rendering import Renderer
 from services.prompts.words import conversation
 from services.runtime.errors import InvalidInput
-from services.tuning.examples import (
+from services.tuning.data.examples import (
     Example,
     Examples,
     Finding,
@@ -22,9 +22,9 @@ from services.tuning.examples import (
     report,
     trained_lines,
 )
-from services.tuning.lines import MOST_FINDINGS, MOST_LINE, MOST_LINES
-from services.tuning.normalising import normalised
-from services.tuning.secret_like import looks_like
+from services.tuning.data.lines import MOST_FINDINGS, MOST_LINE, MOST_LINES
+from services.tuning.data.normalising import normalised
+from services.tuning.data.secret_like import looks_like
 from tests.tiny_tokenizer import TinyTokenizer
 
 CONTEXT = 900  # the tiny tokenizer has a token a byte
@@ -273,7 +273,7 @@ def test_a_bad_line_is_told_before_too_few_good_ones_are() -> None:
 
 
 def test_all_texts_together_have_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("services.tuning.examples.MOST_TEXT", 100)
+    monkeypatch.setattr("services.tuning.data.examples.MOST_TEXT", 100)
     with pytest.raises(InvalidInput) as error:
         fed()
     assert error.value.reason == "TOO_MANY_EXAMPLES"

@@ -30,7 +30,7 @@ from services.runtime.status import real_status
 from tests.fake_tuning import TUNING, FakeTuning, serving
 from tests.small_stack import ANSWERS, SmallStack, small_stack
 from tests.test_gateway import events, kinds, reason_of
-from tests.test_retrieval import document, start
+from tests.test_retrieval import END, document, start
 
 LEAVE = "Employees get 27 days of paid leave. Ask for leave ten days ahead."
 PATHS = {"base": PATH_BASE, "rag": PATH_RAG, "tuned": PATH_TUNED, "hybrid": PATH_HYBRID}
@@ -79,7 +79,7 @@ async def stack(tmp_path) -> AsyncIterator[SmallStack]:
     async with small_stack(tmp_path, Tuning()) as running:
         for name in ("c", "empty"):
             await running.retrieval.CreateCorpus(retrieval_pb2.CreateCorpusRequest(name=name))
-        parts = [start(), *document("leave", LEAVE, title="Leave")]
+        parts = [start(), *document("leave", LEAVE, title="Leave"), END]
         async for _ in running.retrieval.PutDocuments(iter(parts)):
             pass
         yield running

@@ -1,80 +1,25 @@
 import asyncio
+import hashlib
 import json
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 from tworoads.v1 import generation_pb2 as pb
-from tworoads.v1.generation_pb2_grpc import (
-    GenerationServiceStub,
-    add_GenerationServiceServicer_to_server,
-)
+from tworoads.v1.generation_pb2_grpc import GenerationServiceStub
 
-from services.generation.checks import Sampling
-from services.generation.service import (
-    DEFAULT_TOKENS,
-    Finish,
-    GenerationService,
-    Load,
-    Model,
-    Piece,
-)
-from services.prompts.rendering import Renderer
+from services.generation.checks import DEFAULT_TOKENS, Sampling
+from services.generation.service import Finish, Piece
 from services.runtime.call import TENANT
 from services.runtime.channel import connect
 from services.runtime.errors import Overloaded, Unavailable, error_info
-from services.runtime.server import running
-from services.runtime.settings import ServerSettings
+from tests.fake_engine import CONTEXT, FakeEngine, serving
 from tests.tiny_tokenizer import TinyTokenizer
 
 NAME = pb.DESCRIPTOR.services_by_name["GenerationService"].full_name
-CONTEXT = 600
 FRAME = len("<user\n>\n<assistant\n") - 1  # tokens around a user's text; "ss" is one
-
-
-class FakeEngine:
-    """Writes the pieces that it is given, and keeps what it was asked."""
-
-    model = Model("tiny", "ab" * 32, "float32", CONTEXT)
-
-    def __init__(self) -> None:
-        self.pieces = [
-            Piece("", 1, cached_tokens=3),
-            Piece("Ada", 2, cached_tokens=3),
-            Piece("", 1),
-            Piece(" wrote", 3),
-            Piece("", 1, finish=Finish("stop", 10.0, 10.25, 11.25)),
-        ]
-        self.error: Exception | None = None
-        self.waits = False
-        self.asked: list[tuple[list[int], Sampling, str]] = []
-        self.scored: list[tuple[list[int], list[int]]] = []
-        self.running = 0
-        self.idle = asyncio.Event()
-
-    def load(self) -> Load:
-        return Load(self.running, 2, 0.5)
-
-    async def generate(
-        self, prompt: list[int], how: Sampling, salt: str
-    ) -> AsyncGenerator[Piece, None]:
-        self.asked.append((prompt, how, salt))
-        self.running += 1
-        try:
-            if self.error:
-                raise self.error
-            for piece in self.pieces:
-                yield piece
-            if self.waits:
-                await asyncio.Event().wait()
-        finally:
-            self.running -= 1
-            self.idle.set()
-
-    async def score(self, prompt: list[int], continuation: list[int], salt: str) -> list[float]:
-        self.scored.append((prompt, continuation))
-        return [-float(i) for i in range(len(continuation))]
 
 
 @pytest.fixture
@@ -83,11 +28,9 @@ def engine() -> FakeEngine:
 
 
 @pytest.fixture
-async def stub(engine: FakeEngine) -> AsyncIterator[GenerationServiceStub]:
-    service = GenerationService(engine, Renderer(TinyTokenizer()))
-    async with running(ServerSettings(grace_seconds=0), [NAME]) as server:
-        await server.serve(lambda s: add_GenerationServiceServicer_to_server(service, s))
-        async with connect(f"127.0.0.1:{server.port}", NAME) as channel:
+async def stub(engine: FakeEngine, tmp_path: Path) -> AsyncIterator[GenerationServiceStub]:
+    async with serving(engine, tmp_path, f"unix:{tmp_path}/nobody") as (_, address):
+        async with connect(address, NAME) as channel:
             yield GenerationServiceStub(channel)
 
 
@@ -156,14 +99,14 @@ async def test_options_reach_the_engine(stub: GenerationServiceStub, engine: Fak
     request.every_token = True
     _ = [response async for response in stub.Generate(request)]
     assert engine.asked[0][1] == Sampling(7, 0.5, -3, ("\n", "END"), schema, True, True)
-    await written(stub)
-    assert engine.asked[1][1] == Sampling(max_tokens=DEFAULT_TOKENS)
+    await written(stub, min_tokens=5)
+    assert engine.asked[1][1] == Sampling(max_tokens=DEFAULT_TOKENS, min_tokens=5)
 
 
 async def test_tenants_share_no_cache(stub: GenerationServiceStub, engine: FakeEngine) -> None:
     for tenant in ("a", "b", "a"):
         _ = [r async for r in stub.Generate(asks(), metadata=((TENANT, tenant),))]
-    first, second, third = (salt for _, _, salt in engine.asked)
+    first, second, third = (salt for _, _, salt, _ in engine.asked)
     assert first == third != second
     assert len(first) == 64
 
@@ -179,6 +122,8 @@ async def test_the_prompt_leaves_room_for_the_answer(
     assert engine.asked[1][1].max_tokens == CONTEXT - FRAME - 500  # less than the default
     await written(stub, user("x" * (CONTEXT - FRAME - 1)))
     assert engine.asked[2][1].max_tokens == 1
+    await written(stub, user("x" * 400, "a" * 100), min_tokens=150)
+    assert engine.asked[3][1].max_tokens == CONTEXT - FRAME - 400  # for the least, parts go
 
 
 async def test_a_prompt_over_the_context_is_refused_with_the_numbers(
@@ -220,6 +165,10 @@ REFUSED = [
     (asks(pb.Message(role=USER, parts=[pb.Part(text="x", droppable=True)])), "MESSAGE_INVALID"),
     (asks(max_tokens=0), "MAX_TOKENS_OUT_OF_RANGE"),
     (asks(max_tokens=CONTEXT + 1), "MAX_TOKENS_OUT_OF_RANGE"),
+    (asks(min_tokens=DEFAULT_TOKENS + 1), "MIN_TOKENS_OUT_OF_RANGE"),
+    (asks(max_tokens=7, min_tokens=8), "MIN_TOKENS_OUT_OF_RANGE"),
+    (asks(min_tokens=1, json_schema="{}"), "MIN_TOKENS_OUT_OF_RANGE"),
+    (asks(user("x" * 500), min_tokens=100), "PROMPT_TOO_LONG"),
     (asks(temperature=-0.1), "TEMPERATURE_OUT_OF_RANGE"),
     (asks(temperature=2.1), "TEMPERATURE_OUT_OF_RANGE"),
     (asks(temperature=float("nan")), "TEMPERATURE_OUT_OF_RANGE"),
@@ -269,6 +218,7 @@ async def test_refuses(
         asks(json_schema=json.dumps({"enum": list(range(100))})),
         asks(json_schema='{"properties": {"pattern": true, "$ref": {"type": "null"}}}'),
         asks(stop=["x" * 64] * 8, temperature=2, max_tokens=1),
+        asks(max_tokens=7, min_tokens=7),
         asks(said(SYSTEM), said(USER), said(ASSISTANT), said(USER)),
         asks(user("")),
     ],
@@ -280,18 +230,42 @@ async def test_takes_what_is_just_within_the_limits(
     assert len(engine.asked) == 1
 
 
-@pytest.mark.parametrize("adapter", ["tone@abc", "../../etc", "x" * 10_000, "org/repo", "\0"])
-async def test_no_adapter_exists_yet(
+BAD_NAMES = [
+    "tone",
+    "tone@",
+    "@0123456789ab",
+    "tone@0123456789a",
+    "tone@0123456789abc",
+    "tone@0123456789AB",
+    "Tone@0123456789ab",
+    ".tone@0123456789ab",
+    "../x",
+    "../../etc@0123456789ab",
+    "a/b@0123456789ab",
+    "tone@0123456789ab/..",
+    "tone@0123456789ab\n",
+    "to\0ne@0123456789ab",
+    "tоne@0123456789ab",  # noqa: RUF001 - a Cyrillic o
+    "tone＠0123456789ab",  # noqa: RUF001 - a wide @
+    "x" * 65 + "@0123456789ab",
+    "x" * 300,
+    "~root@0123456789ab",
+]
+
+
+@pytest.mark.parametrize("adapter", BAD_NAMES)
+async def test_what_cannot_be_an_adapters_name_is_refused(
     stub: GenerationServiceStub, engine: FakeEngine, adapter: str
 ) -> None:
-    with pytest.raises(grpc.aio.AioRpcError) as error:
-        await written(stub, adapter=adapter)
-    assert error.value.code() == grpc.StatusCode.NOT_FOUND
-    info = error_info(error.value)
-    assert info is not None and info.reason == "ADAPTER_NOT_FOUND"
-    with pytest.raises(grpc.aio.AioRpcError) as error:
-        await stub.Score(pb.ScoreRequest(messages=[user()], continuation="x", adapter=adapter))
-    assert error.value.code() == grpc.StatusCode.NOT_FOUND
+    for call in (
+        written(stub, adapter=adapter),
+        stub.Score(pb.ScoreRequest(messages=[user()], continuation="x", adapter=adapter)),
+    ):
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await call
+        assert error.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+        info = error_info(error.value)
+        assert info is not None and info.reason == "ADAPTER_NAME_INVALID"
     assert engine.asked == [] and engine.scored == []
 
 
@@ -334,7 +308,9 @@ async def test_score_gives_every_token_of_the_continuation_and_its_end(
     response = await stub.Score(pb.ScoreRequest(messages=[user()], continuation="yes"))
     assert tokenizer.text([token.id for token in response.tokens]) == "yes<|end|>"
     assert [token.log_probability for token in response.tokens] == [0, -1, -2, -3]
-    ((prompt, continuation),) = engine.scored
+    ((prompt, continuation, _),) = engine.scored
+    little_endian = b"".join(token.to_bytes(4, "little") for token in prompt)
+    assert response.prompt_hash == hashlib.sha256(little_endian).hexdigest()
     assert tokenizer.text(prompt).endswith("<|start|>assistant\n")
     assert len(continuation) == 4
 

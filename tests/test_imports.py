@@ -21,10 +21,10 @@ from services.runtime.channel import connect
 from services.runtime.errors import error_info
 from services.runtime.server import running
 from services.runtime.settings import ServerSettings
+from services.tuning.adapters.imports import receive
+from services.tuning.adapters.registry import Registry
 from services.tuning.database import Database
-from services.tuning.imports import receive
 from services.tuning.messages import adapter_message
-from services.tuning.registry import Registry
 from tests.small_adapter import HIDDEN, MAX_RANK, RANK, small_base, tensors, write_adapter
 
 NAME = tuning_pb2.DESCRIPTOR.services_by_name["TuningService"].full_name

@@ -19,13 +19,13 @@ from services.prompts.rendering import Renderer
 from services.prompts.words import Message, conversation
 from services.runtime.channel import connect
 from services.runtime.errors import InvalidInput, NotFound, Overloaded, Unavailable
-from services.tuning import retrieval as asking
-from services.tuning.examples import Example
+from services.tuning.data import retrieval as asking
+from services.tuning.data.examples import Example
+from services.tuning.data.preparing import check_references, prepare
 from services.tuning.job import Options, Probe
-from services.tuning.preparing import check_references, prepare
 from tests.fake_engine import NAME, FakeEngine, serving
 from tests.small_stack import ANSWERS, SmallStack, small_stack
-from tests.test_retrieval import document, start
+from tests.test_retrieval import END, document, start
 from tests.tiny_tokenizer import TinyTokenizer
 
 CONTEXT = 4000  # the tiny tokenizer has a token a byte
@@ -49,7 +49,7 @@ async def stack(tmp_path: Path) -> AsyncIterator[SmallStack]:
             for i in range(count):
                 text = f"The box of number {i} holds {i * 7} owls. It stands in room {i % 3}."
                 parts += document(f"box{i}", text, title=f"Box {i}")
-            async for _ in running.retrieval.PutDocuments(iter(parts)):
+            async for _ in running.retrieval.PutDocuments(iter([*parts, END])):
                 pass
         yield running
 
@@ -273,7 +273,7 @@ async def test_a_full_disk_is_an_error_and_leaves_nothing(stack, tmp_path, monke
     def full(file: int) -> None:
         raise OSError(errno.ENOSPC, "no space left on device")
 
-    monkeypatch.setattr("services.tuning.preparing.os.fsync", full)
+    monkeypatch.setattr("services.tuning.data.preparing.os.fsync", full)
     with pytest.raises(Overloaded) as error:
         await prepared(stack, tmp_path, boxes())
     assert error.value.reason == "STORE_FULL"

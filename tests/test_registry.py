@@ -21,10 +21,10 @@ from services.runtime.errors import (
     Overloaded,
     ServiceError,
 )
+from services.tuning.adapters.registry import DAY, Registry, etag
+from services.tuning.adapters.verifying import Measured
 from services.tuning.database import Database
 from services.tuning.job import Adapter, Fidelity, Speed
-from services.tuning.registry import DAY, Registry, etag
-from services.tuning.verifying import Measured
 from tests.small_adapter import manifest, probes, small_base, tensors, write_adapter
 
 FIDELITY = Fidelity(16, 32, 0.5, 0.9, 0.1, 0.7)

@@ -26,8 +26,8 @@ from services.runtime.errors import (
 )
 from services.runtime.server import running
 from services.runtime.settings import ServerSettings
+from services.tuning.adapters.verifying import BOUND, FLOOR, TOKENS, Verifier
 from services.tuning.job import Adapter, Manifest, Options, TokenScore
-from services.tuning.verifying import BOUND, FLOOR, TOKENS, Verifier
 from tests.small_adapter import probes
 
 NAME = pb.DESCRIPTOR.services_by_name["GenerationService"].full_name

@@ -1,6 +1,7 @@
 """Turns requests into plain values, and refuses those that can never succeed."""
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -8,7 +9,7 @@ from tworoads.v1 import generation_pb2 as pb
 
 from services.generation.schemas import check_schema
 from services.prompts.words import Message, Part, Role
-from services.runtime.errors import InvalidInput, NotFound
+from services.runtime.errors import InvalidInput
 
 ROLES: dict[int, Role] = {
     pb.ROLE_SYSTEM: "system",
@@ -18,6 +19,8 @@ ROLES: dict[int, Role] = {
 MAX_TEMPERATURE = 2.0
 MAX_STOPS = 8
 MAX_STOP_LENGTH = 64
+DEFAULT_TOKENS = 256
+ADAPTER_ID = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}@[0-9a-f]{12}")
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class Sampling:
     json_schema: str = ""
     batch: bool = False
     every_token: bool = False
+    min_tokens: int = 0
 
 
 def conversation(messages: Sequence[pb.Message]) -> list[Message]:
@@ -57,6 +61,13 @@ def sampling(request: pb.GenerateRequest, context_length: int) -> Sampling:
             f"max_tokens must be from 1 to {context_length}",
             limit=str(context_length),
         )
+    most = options.max_tokens if options.HasField("max_tokens") else DEFAULT_TOKENS
+    if options.min_tokens > min(most, context_length):
+        raise InvalidInput(
+            "MIN_TOKENS_OUT_OF_RANGE", f"min_tokens must be from 0 to max_tokens, {most}"
+        )
+    if options.min_tokens and options.json_schema:  # which says itself where the text ends
+        raise InvalidInput("MIN_TOKENS_OUT_OF_RANGE", "min_tokens must be 0 with a JSON schema")
     if not 0 <= options.temperature <= MAX_TEMPERATURE or math.isnan(options.temperature):
         raise InvalidInput("TEMPERATURE_OUT_OF_RANGE", "temperature must be from 0 to 2")
     stops = options.stop
@@ -75,13 +86,18 @@ def sampling(request: pb.GenerateRequest, context_length: int) -> Sampling:
         json_schema=options.json_schema,
         batch=options.priority == pb.PRIORITY_BATCH,
         every_token=request.every_token,
+        min_tokens=options.min_tokens,
     )
 
 
-def base_model_only(adapter: str) -> None:
-    """Raise NotFound (ADAPTER_NOT_FOUND) for any adapter."""
-    if adapter:
-        raise NotFound("ADAPTER_NOT_FOUND", "there is no adapter of this name")
+def adapter_id(text: str) -> None:
+    """Raise InvalidInput (ADAPTER_NAME_INVALID) unless it is an adapter's NAME@HASH."""
+    if not ADAPTER_ID.fullmatch(text):
+        raise InvalidInput(
+            "ADAPTER_NAME_INVALID",
+            "an adapter is named NAME@HASH: 1 to 64 of a-z, 0-9, '.', '_' and '-', beginning with"
+            " a letter or a digit, then '@' and 12 digits of 0-9 and a-f",
+        )
 
 
 def _message(message: pb.Message, index: int) -> Message:

@@ -4,22 +4,24 @@ import asyncio
 import logging
 import os
 import uuid
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Coroutine, Iterator
 from contextlib import aclosing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from services.generation import plugin
+from services.generation.adapters import Lora
 from services.generation.checks import Sampling
 from services.generation.processor import environment, executor
 from services.generation.service import Finish, Load, Model, Piece
 from services.generation.settings import Settings
 from services.prompts.rendering import Renderer
 from services.runtime import checkpoint
-from services.runtime.errors import InvalidInput, Overloaded, Stopping, Unavailable
+from services.runtime.errors import InvalidInput, NotReady, Overloaded, Stopping, Unavailable
 from services.runtime.processor import this_processor
 
 if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
     from vllm.sampling_params import SamplingParams
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.metrics.stats import SchedulerStats
@@ -84,7 +86,7 @@ class VllmEngine:
         return Load(running, known - running, self._stats[0].kv_cache_usage)
 
     async def generate(
-        self, prompt: list[int], how: Sampling, salt: str
+        self, prompt: list[int], how: Sampling, salt: str, lora: Lora | None = None
     ) -> AsyncGenerator[Piece, None]:
         from vllm.inputs.engine import tokens_input
 
@@ -92,6 +94,7 @@ class VllmEngine:
             tokens_input(prompt, cache_salt=salt),
             self._params(how),
             uuid.uuid4().hex,
+            lora_request=_request(lora) if lora else None,
             priority=int(how.batch),
         )
         with _translated(bool(how.json_schema)):
@@ -105,7 +108,9 @@ class VllmEngine:
                         _finish(written.finish_reason, output.metrics),
                     )
 
-    async def score(self, prompt: list[int], continuation: list[int], salt: str) -> list[float]:
+    async def score(
+        self, prompt: list[int], continuation: list[int], salt: str, lora: Lora | None = None
+    ) -> list[float]:
         from vllm.inputs.engine import tokens_input
         from vllm.sampling_params import RequestOutputKind, SamplingParams
 
@@ -117,7 +122,11 @@ class VllmEngine:
         )
         ids = [*prompt, *continuation]
         outputs = self._llm.generate(
-            tokens_input(ids, cache_salt=salt), params, uuid.uuid4().hex, priority=1
+            tokens_input(ids, cache_salt=salt),
+            params,
+            uuid.uuid4().hex,
+            lora_request=_request(lora) if lora else None,
+            priority=1,
         )
         with _translated():
             async with aclosing(outputs):
@@ -127,6 +136,37 @@ class VllmEngine:
                     places = enumerate(continuation, start=len(prompt))
                     return [float(scores[i][token].logprob) for i, token in places]
         raise RuntimeError("the engine ended without a score")
+
+    async def load_lora(self, lora: Lora) -> None:
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        with _translated():
+            try:
+                await self._done(self._llm.add_lora(_request(lora)))
+            except EngineDeadError:
+                raise
+            except Exception as error:  # all that comes out of the engine's process is its text
+                log.warning("an adapter could not be loaded: %s", error)
+                await self._done(self._llm.remove_lora(lora.number))  # the half of it
+                raise NotReady(
+                    "ADAPTER_INCOMPATIBLE", "the adapter's weights do not fit the model"
+                ) from error
+
+    async def unload_lora(self, lora: Lora) -> None:
+        with _translated():
+            await self._done(self._llm.remove_lora(lora.number))
+
+    async def _done(self, call: Coroutine[Any, Any, bool]) -> None:
+        """Wait until the engine did something. One that dies meanwhile does not say so itself."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        doing = asyncio.create_task(call)
+        while not doing.done():
+            await asyncio.wait([doing], timeout=POLL_SECONDS)
+            if self._llm.errored:
+                doing.cancel()
+                raise EngineDeadError
+        await doing
 
     def _params(self, how: Sampling) -> "SamplingParams":
         from vllm.sampling_params import (
@@ -140,6 +180,7 @@ class VllmEngine:
         others = self._llm.get_num_unfinished_requests()
         return SamplingParams(
             max_tokens=how.max_tokens,
+            min_tokens=how.min_tokens,
             temperature=how.temperature,
             seed=how.seed,
             stop=list(how.stop),
@@ -188,6 +229,7 @@ def _load(settings: Settings, folder: Path, stats: "list[SchedulerStats]") -> "A
         enable_lora=True,
         max_loras=settings.max_loras,
         max_lora_rank=settings.max_lora_rank,
+        max_cpu_loras=settings.max_adapters,
         scheduling_policy="priority",
         # Small models fill the room that a schema leaves with white space, for ever.
         structured_outputs_config=StructuredOutputsConfig(
@@ -197,6 +239,12 @@ def _load(settings: Settings, folder: Path, stats: "list[SchedulerStats]") -> "A
         **by_processor,
     )
     return AsyncLLM.from_engine_args(arguments, stat_loggers=[LatestStats])
+
+
+def _request(lora: Lora) -> "LoRARequest":
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest(lora.name, lora.number, str(lora.folder))
 
 
 def _finish(reason: str | None, metrics: Any) -> Finish | None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import struct
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
@@ -12,13 +13,12 @@ import grpc
 from tworoads.v1 import generation_pb2 as pb
 from tworoads.v1 import generation_pb2_grpc as pb_grpc
 
-from services.generation.checks import Sampling, base_model_only, conversation, sampling
+from services.generation.adapters import Adapters, Loader, Lora
+from services.generation.checks import DEFAULT_TOKENS, Sampling, conversation, sampling
 from services.prompts.rendering import PromptTooLong, Rendered, Renderer
 from services.prompts.words import Message
 from services.runtime import call
 from services.runtime.errors import InvalidInput
-
-DEFAULT_TOKENS = 256
 
 T = TypeVar("T")
 
@@ -62,12 +62,13 @@ class Piece:
     finish: Finish | None = None
 
 
-class Engine(Protocol):
+class Engine(Loader, Protocol):
     """What the service needs. `engine.py` has the real one.
 
-    `salt` separates caches: prompts with different salts share nothing. Both methods raise
-    Unavailable (ENGINE_DEAD), Overloaded (QUEUE_FULL) and InvalidInput (JSON_SCHEMA_INVALID).
-    Closing the generator stops the engine's work for it.
+    `salt` separates caches: prompts with different salts share nothing. `lora` is loaded while it
+    is used, None means the base model. `generate` and `score` raise Unavailable (ENGINE_DEAD),
+    Overloaded (QUEUE_FULL) and InvalidInput (JSON_SCHEMA_INVALID). Closing the generator stops the
+    engine's work for it.
     """
 
     @property
@@ -76,10 +77,12 @@ class Engine(Protocol):
     def load(self) -> Load: ...
 
     def generate(
-        self, prompt: list[int], how: Sampling, salt: str
+        self, prompt: list[int], how: Sampling, salt: str, lora: Lora | None = None
     ) -> AsyncGenerator[Piece, None]: ...
 
-    async def score(self, prompt: list[int], continuation: list[int], salt: str) -> list[float]: ...
+    async def score(
+        self, prompt: list[int], continuation: list[int], salt: str, lora: Lora | None = None
+    ) -> list[float]: ...
 
 
 REASONS = {"stop": pb.FINISH_REASON_STOP, "length": pb.FINISH_REASON_LENGTH}
@@ -88,8 +91,9 @@ REASONS = {"stop": pb.FINISH_REASON_STOP, "length": pb.FINISH_REASON_LENGTH}
 class GenerationService(pb_grpc.GenerationServiceServicer):
     """Serves one engine. `renderer` is that of the engine's model."""
 
-    def __init__(self, engine: Engine, renderer: Renderer) -> None:
+    def __init__(self, engine: Engine, renderer: Renderer, adapters: Adapters) -> None:
         self._engine = engine
+        self._adapters = adapters
         self._renderer = renderer
         # A tokenizer serves one thread at a time; the event loop must not wait for it.
         self._rendering = ThreadPoolExecutor(1, thread_name_prefix="rendering")
@@ -98,12 +102,14 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.GenerateResponse]:
         arrived = call.current.get().started
-        base_model_only(request.adapter)
         how = sampling(request, self._engine.model.context_length)
         prompt, how = await self._in_thread(self._fit, conversation(request.messages), how)
         tokens = 0
         sent = False
-        async with aclosing(self._engine.generate(prompt.token_ids, how, _salt())) as pieces:
+        async with (
+            self._adapters.using(request.adapter, request.measuring) as lora,
+            aclosing(self._engine.generate(prompt.token_ids, how, _salt(), lora)) as pieces,
+        ):
             async for piece in pieces:
                 tokens += piece.tokens
                 if not piece.text and piece.finish is None:
@@ -119,17 +125,18 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
     async def Score(
         self, request: pb.ScoreRequest, context: grpc.aio.ServicerContext
     ) -> pb.ScoreResponse:
-        base_model_only(request.adapter)
         if not request.continuation:
             raise InvalidInput("CONTINUATION_EMPTY", "continuation must not be empty")
         messages = conversation(request.messages)
         prompt, said = await self._in_thread(self._score_ids, messages, request.continuation)
-        scores = await self._engine.score(prompt.token_ids, said, _salt())
+        async with self._adapters.using(request.adapter, measuring=True) as lora:
+            scores = await self._engine.score(prompt.token_ids, said, _salt(), lora)
         return pb.ScoreResponse(
             tokens=[
                 pb.TokenScore(id=token, log_probability=score)
                 for token, score in zip(said, scores, strict=True)
-            ]
+            ],
+            prompt_hash=_prompt_hash(prompt.token_ids),
         )
 
     async def GetModel(
@@ -140,6 +147,7 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
             id=model.id,
             hash=model.hash,
             context_length=model.context_length,
+            adapters=self._adapters.loaded(),
             running=load.running,
             waiting=load.waiting,
             cache_use=load.cache_use,
@@ -155,9 +163,10 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
         except PromptTooLong as error:
             if how.max_tokens is not None:
                 raise
-            if error.tokens >= context_length:
-                raise PromptTooLong(error.tokens, context_length - 1) from error
-            prompt = self._renderer.render(messages, context_length - 1)
+            limit = context_length - max(1, how.min_tokens)
+            if error.tokens > limit:
+                raise PromptTooLong(error.tokens, limit) from error
+            prompt = self._renderer.render(messages, limit)
         room = context_length - len(prompt.token_ids)
         return prompt, replace(how, max_tokens=min(wanted, room))
 
@@ -176,6 +185,10 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
 
 def _salt() -> str:
     return hashlib.sha256(call.tenant().encode()).hexdigest()
+
+
+def _prompt_hash(token_ids: list[int]) -> str:
+    return hashlib.sha256(struct.pack(f"<{len(token_ids)}I", *token_ids)).hexdigest()
 
 
 def _prompt_info(prompt: Rendered, first: Piece) -> pb.PromptInfo:

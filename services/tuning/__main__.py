@@ -18,16 +18,16 @@ from services.runtime.channel import connect
 from services.runtime.checkpoint import Unfit
 from services.runtime.processor import this_processor
 from services.runtime.server import run, running
-from services.tuning import base_model
+from services.tuning.adapters import base_model
+from services.tuning.adapters.registry import Registry
+from services.tuning.adapters.verifying import Verifier
 from services.tuning.database import Database
 from services.tuning.jobs import Jobs
 from services.tuning.owner import owned
-from services.tuning.registry import Registry
 from services.tuning.service import TuningService
 from services.tuning.settings import Settings
 from services.tuning.trainer import ChildTrainer
 from services.tuning.uploads import MEBIBYTE, Uploads
-from services.tuning.verifying import Verifier
 
 NAME = DESCRIPTOR.services_by_name["TuningService"].full_name
 

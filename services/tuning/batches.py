@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+LEAST_TOKENS = 256  # of a batch
+EPOCH_STEPS = 32  # wanted at least: small sets learn little from few large steps
+
 
 @dataclass(frozen=True)
 class Tokens:
@@ -30,6 +33,11 @@ def read(path: Path) -> list[Tokens]:
             prompt, answer = array("i", fields["prompt"]), array("i", fields["answer"])
             examples.append(Tokens(prompt, answer, fields["held_out"], fields["probe"]))
     return examples
+
+
+def batch_tokens(examples: Sequence[Tokens], most: int) -> int:
+    """Return how many tokens a batch may have: enough steps an epoch, but at most `most` tokens."""
+    return min(most, max(LEAST_TOKENS, sum(map(len, examples)) // EPOCH_STEPS))
 
 
 def batches(examples: Sequence[Tokens], budget: int) -> list[list[Tokens]]:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from tworoads.v1 import tuning_pb2 as pb
 
 from services.runtime.errors import InvalidInput, NotFound, NotReady
-from services.tuning.base_model import BaseModel
+from services.tuning.adapters.base_model import BaseModel
+from services.tuning.adapters.registry import NAME, check_name
 from services.tuning.job import Options
 from services.tuning.messages import context_of
-from services.tuning.registry import NAME, check_name
 
 KEY = re.compile(r"[ -~]{0,64}")
 MOST_ALPHA = 1024.0

@@ -1,4 +1,4 @@
-"""What survives a restart besides files: one SQLite database for jobs, their events and adapters."""
+"""What survives a restart besides files: one SQLite database for jobs, events and adapters."""
 
 import sqlite3
 import threading

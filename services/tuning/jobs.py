@@ -22,12 +22,12 @@ from services.runtime.errors import (
     ServiceError,
     Stopping,
 )
-from services.tuning.base_model import BaseModel
+from services.tuning.adapters.base_model import BaseModel
+from services.tuning.adapters.registry import Registry
 from services.tuning.database import Database
 from services.tuning.disk import FULL
 from services.tuning.job import ENDED, Job
 from services.tuning.making import Maker, Trainer, Verifier
-from services.tuning.registry import Registry
 from services.tuning.store import Ended, Event, JobStore, queue_full
 from services.tuning.threads import in_thread
 from services.tuning.trainer import TrainingFailed

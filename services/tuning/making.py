@@ -18,15 +18,16 @@ from tworoads.v1.retrieval_pb2_grpc import RetrievalServiceStub
 
 from services.prompts.rendering import Renderer
 from services.runtime.errors import NotReady, Overloaded, TooLate, Unavailable
-from services.tuning import adapter_files, examples
-from services.tuning.base_model import BaseModel
+from services.tuning.adapters import files as adapter_files
+from services.tuning.adapters.base_model import BaseModel
+from services.tuning.adapters.registry import Registry
+from services.tuning.adapters.verifying import LEAST_PROBES, Measured
+from services.tuning.data import examples
+from services.tuning.data.preparing import prepare
 from services.tuning.job import Adapter, Job, Manifest, Options, Probe, Progress, TokenScore
-from services.tuning.preparing import prepare
-from services.tuning.registry import Registry
 from services.tuning.store import JobStore
 from services.tuning.threads import in_thread
 from services.tuning.trainer import Trained, TrainingFailed
-from services.tuning.verifying import LEAST_PROBES, Measured
 
 MOST_RESTARTS = 2
 RESTARTED = ("TRAINER_DIED", "OUT_OF_MEMORY")  # what may go well the next time

@@ -8,7 +8,8 @@ from tworoads.v1 import tuning_pb2 as pb
 
 from services.prompts.words import Message, Part, Role
 from services.runtime.errors import InvalidInput
-from services.tuning.examples import Finding
+from services.tuning.adapters.registry import etag
+from services.tuning.data.examples import Finding
 from services.tuning.job import (
     Adapter,
     AdapterState,
@@ -22,7 +23,6 @@ from services.tuning.job import (
     State,
     TokenScore,
 )
-from services.tuning.registry import etag
 
 STATES: dict[State, pb.JobState.ValueType] = {
     "queued": pb.JOB_STATE_QUEUED,

@@ -17,14 +17,14 @@ from trl.trainer.sft_config import SFTConfig
 
 from services.runtime.processor import this_processor
 from services.tuning import disk
-from services.tuning.batches import Tokens, batches, read, sample, schedule
+from services.tuning.batches import Tokens, batch_tokens, batches, read, sample, schedule
 from services.tuning.checkpoints import newest, saving, write_json
 from services.tuning.job import Options
 from services.tuning.reporting import Reporter
 from services.tuning.sft import AnswerTrainer
 from services.tuning.trainer import read_plan
 
-CPU_BATCH_TOKENS = 1024
+CPU_BATCH_TOKENS = 1024  # at most
 GPU_BATCH_TOKENS = (2048, 16384)  # at least and at most, by memory
 EVALUATE_STEPS = 100  # of a long epoch, between two evaluations
 HELD_OUT_MOST = 256  # examples that an evaluation takes
@@ -46,10 +46,11 @@ def train(folder: Path, say: Callable[[dict[str, Any]], None], start: float) -> 
         torch.set_num_threads(plan["threads"])
     examples = read(folder / "training.jsonl")
     model = _model(plan["model"], _dtype(plan["dtype"], gpu), options.quantized)
-    budget = _gpu_batch_tokens(model) if gpu else CPU_BATCH_TOKENS
-    groups = batches([example for example in examples if not example.held_out], budget)
+    most = _gpu_batch_tokens(model) if gpu else CPU_BATCH_TOKENS
+    trained = [example for example in examples if not example.held_out]
     held_out = [example for example in examples if example.held_out]
-    held_out_groups = batches(sample(held_out, HELD_OUT_MOST, options.seed), budget)
+    groups = batches(trained, batch_tokens(trained, most))
+    held_out_groups = batches(sample(held_out, HELD_OUT_MOST, options.seed), most)
     order = schedule(len(groups), options.epochs, options.seed)
     checkpoints = folder / "checkpoints"
     last, facts = newest(checkpoints) or (None, {"seconds": 0.0})

@@ -20,13 +20,14 @@ from services.prompts.rendering import Renderer
 from services.prompts.words import DEFAULT_VERSION
 from services.runtime.call import tenant
 from services.runtime.errors import InvalidInput, Overloaded
-from services.tuning import checks, disk, examples
-from services.tuning.base_model import BaseModel
-from services.tuning.examples import Examples, Finding, Questions
+from services.tuning import checks, disk
+from services.tuning.adapters.base_model import BaseModel
+from services.tuning.data import examples
+from services.tuning.data.examples import Examples, Finding, Questions
+from services.tuning.data.preparing import check_references
 from services.tuning.job import Job
 from services.tuning.jobs import Jobs
 from services.tuning.messages import finding_message, job_message
-from services.tuning.preparing import check_references
 from services.tuning.threads import in_thread
 
 MEBIBYTE = 1024 * 1024

@@ -10,10 +10,11 @@ import subprocess
 import sys
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
+from typing import IO
 
 import pytest
 
@@ -69,9 +70,14 @@ def _port(process: "subprocess.Popen[str]") -> int:
     for line in process.stderr:
         last.append(line)
         if "serves on port" in line:
-            Thread(target=deque, args=(process.stderr, 0), daemon=True).start()
+            Thread(target=_read_on, args=(process.stderr,), daemon=True).start()
             return int(line.rsplit("port ", 1)[1].split('"')[0])
     raise RuntimeError("the generation service did not start:\n" + "".join(last))
+
+
+def _read_on(log: IO[str]) -> None:
+    with suppress(ValueError):  # closed, if the service was killed
+        deque(log, 0)
 
 
 def _free_port() -> int:

@@ -9,14 +9,14 @@ from typing import Any
 from services.prompts.rendering import PromptTooLong, Renderer
 from services.prompts.words import conversation
 from services.runtime.errors import InvalidInput
-from services.tuning import fields
-from services.tuning.fields import Example
+from services.tuning.data import fields
+from services.tuning.data.fields import Example
+from services.tuning.data.lines import BadLine, CheckedFile, Finding, Lines
+from services.tuning.data.normalising import digest
+from services.tuning.data.overlap import Questions
+from services.tuning.data.secret_like import looks_like
+from services.tuning.data.splitting import held_out
 from services.tuning.job import DataReport
-from services.tuning.lines import BadLine, CheckedFile, Finding, Lines
-from services.tuning.normalising import digest
-from services.tuning.overlap import Questions
-from services.tuning.secret_like import looks_like
-from services.tuning.splitting import held_out
 
 __all__ = [
     "Example",

@@ -10,7 +10,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from services.runtime.errors import InvalidInput, NotReady
-from services.tuning.base_model import BaseModel
+from services.tuning.adapters.base_model import BaseModel
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"

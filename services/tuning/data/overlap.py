@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from services.runtime.errors import InvalidInput
-from services.tuning import fields
-from services.tuning.fields import Example, Question
+from services.tuning.data import fields
+from services.tuning.data.fields import Example, Question
+from services.tuning.data.lines import CheckedFile, Finding
+from services.tuning.data.normalising import normalised
 from services.tuning.job import Overlap
-from services.tuning.lines import CheckedFile, Finding
-from services.tuning.normalising import normalised
 
 MOST_TEXT = 64 * 1024 * 1024  # code points of all questions
 MOST_NAMED = 1000
