@@ -320,7 +320,7 @@ def test_an_adapter_goes_out_as_files_and_comes_in_again(run, tuning, style, fil
 def test_an_answer_says_which_adapter_gave_it(run, tuning, stack, style):
     stack.generation.answer = "In the house style."
     ran = run("ask", "How?", "--path", "tuned", "--adapter", "style")
-    assert ran == Ran(0, "In the house style.\n", f"{style} answers.\n")
+    assert ran == Ran(0, "In the house style.\n", f"Adapter: {style}\n")
     answer = run("ask", "How?", "--path", "tuned", "--adapter", "style", "--json").json
     assert (answer["adapter"], answer["warnings"]) == (style, [])
 
@@ -332,7 +332,7 @@ def test_an_adapter_on_a_path_that_it_was_not_trained_for_is_warned_about(
     run("ingest", tmp_path / "leave.txt", "--corpus", "leave")
     ran = run("ask", "How many?", "--path", "hybrid", "--adapter", style, "--corpus", "leave")
     answers, warning = ran.err.splitlines()
-    assert (ran.code, answers) == (0, f"{style} answers.")
+    assert (ran.code, answers) == (0, f"Adapter: {style}")
     assert warning.startswith("Warning: this adapter never saw passages")
     run("tune", file, "--name", "reader", "--corpus", "leave")
     ran = run("ask", "How many?", "--path", "tuned", "--adapter", "reader")

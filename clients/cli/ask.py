@@ -113,7 +113,7 @@ async def _ask(client: Client, question: str, options: dict[str, Any]) -> None:
 def _introduce(started: Started) -> None:
     """Say which adapter answers, apart from the answer, and what to know of it."""
     if started.adapter:
-        print(line(f"{started.adapter} answers."), file=sys.stderr)
+        print(line(f"Adapter: {started.adapter}"), file=sys.stderr)
     for warning in started.warnings:
         print(f"Warning: {WARNINGS.get(warning, line(warning))}", file=sys.stderr)
 
