@@ -27,11 +27,11 @@ from services.generation.prepare import DEFAULT, prepare
 from services.prompts.rendering import Renderer
 from services.prompts.words import Shown, conversation
 from services.runtime.processor import this_processor
-from services.tuning.batches import Tokens, batches, read
 from services.tuning.job import Options
-from services.tuning.reporting import Reporter
-from services.tuning.sft import AnswerTrainer
-from services.tuning.training import CPU_BATCH_TOKENS, arguments
+from services.tuning.training.batches import Tokens, batches, read
+from services.tuning.training.reporting import Reporter
+from services.tuning.training.sft import AnswerTrainer
+from services.tuning.training.training import CPU_BATCH_TOKENS, arguments
 
 MODELS = Path.home() / ".cache" / "tworoads" / "models"
 GOAL = 0.9

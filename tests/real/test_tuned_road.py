@@ -60,11 +60,15 @@ class Tuned:
 
 
 @pytest.fixture(scope="module")
-async def tuned(stack: RunningStack, examples: Path) -> Tuned:
+def tuned(stack: RunningStack, examples: Path) -> Tuned:
     """An adapter trained by the command, as a user does it."""
-    said = stack.json("tune", str(examples), "--name", "house", "--epochs", "6", "--held-out", "0")
-    async with stack.client() as client:
-        return Tuned(await client.job(said["id"]), await client.adapter("house"))
+    said = stack.json("tune", str(examples), "--name", "house", "--epochs", "3", "--held-out", "0")
+
+    async def made() -> Tuned:
+        async with stack.client() as client:
+            return Tuned(await client.job(said["job"]["id"]), await client.adapter("house"))
+
+    return asyncio.run(made())
 
 
 def processes(pid: int) -> list[psutil.Process]:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from services.tuning.batches import Tokens
+from services.tuning.training.batches import Tokens
 
 ATTENTION = "packed"  # the name that models know `attend` by
 UNKNOWN = (

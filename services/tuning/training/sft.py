@@ -16,10 +16,10 @@ from torch.utils.data import DataLoader
 from transformers import AttentionInterface, PrinterCallback, Trainer
 from trl.trainer.sft_trainer import SFTTrainer
 
-from services.tuning.batches import Tokens
-from services.tuning.checkpoints import keep, saving, seal
-from services.tuning.packing import ATTENTION, Packed, attend, pack
-from services.tuning.reporting import Reporter
+from services.tuning.training.batches import Tokens
+from services.tuning.training.checkpoints import keep, saving, seal
+from services.tuning.training.packing import ATTENTION, Packed, attend, pack
+from services.tuning.training.reporting import Reporter
 
 HEAD_TOKENS = 256  # whose logits are in memory at a time
 CLOSE = {torch.bfloat16: 0.1, torch.float32: 0.001}  # nats a token, between two ways to compute

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from services.tuning import disk
 from services.tuning.job import Options, Progress
 
 LOG_TAIL_BYTES = 16 * 1024
@@ -69,7 +70,7 @@ class ChildTrainer:
         threads: int = 0,
         *,
         checkpoint_seconds: float = 60.0,
-        module: str = "services.tuning.trainer_child",
+        module: str = "services.tuning.training.training.child",
     ) -> None:
         self._model = Path(model).resolve()
         self._dtype = dtype
@@ -83,7 +84,8 @@ class ChildTrainer:
         """Train on FOLDER/training.jsonl, from the last checkpoint in FOLDER if there is one.
 
         Yields progress, at most once a second, and the result at last; the adapter is in
-        FOLDER/adapter then. Closing the generator kills the child at once. Raises TrainingFailed.
+        FOLDER/adapter then. Closing the generator kills the child at once. Raises TrainingFailed,
+        or Overloaded (STORE_FULL) before the child starts.
         """
         result = folder / "result.json"
         if not result.exists():  # else the service ended before it took the result
@@ -101,7 +103,8 @@ class ChildTrainer:
             "checkpoint_seconds": self._checkpoint_seconds,
             "options": asdict(options),
         }
-        (folder / "plan.json").write_text(json.dumps(plan))
+        with disk.space():
+            (folder / "plan.json").write_text(json.dumps(plan))
 
     async def _run(self, folder: Path) -> AsyncGenerator[Progress, None]:
         killed = _kills()

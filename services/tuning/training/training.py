@@ -1,4 +1,4 @@
-"""One training, from its plan to its result. Runs in the process that `trainer_child` starts."""
+"""One training, from its plan to its result. Runs in the process that `child` starts."""
 
 import json
 import math
@@ -17,12 +17,12 @@ from trl.trainer.sft_config import SFTConfig
 
 from services.runtime.processor import this_processor
 from services.tuning import disk
-from services.tuning.batches import Tokens, batch_tokens, batches, read, sample, schedule
-from services.tuning.checkpoints import newest, saving, write_json
 from services.tuning.job import Options
-from services.tuning.reporting import Reporter
-from services.tuning.sft import AnswerTrainer
-from services.tuning.trainer import read_plan
+from services.tuning.training.batches import Tokens, batch_tokens, batches, read, sample, schedule
+from services.tuning.training.checkpoints import newest, saving, write_json
+from services.tuning.training.reporting import Reporter
+from services.tuning.training.sft import AnswerTrainer
+from services.tuning.training.training.trainer import read_plan
 
 CPU_BATCH_TOKENS = 1024  # at most
 GPU_BATCH_TOKENS = (2048, 16384)  # at least and at most, by memory
