@@ -30,8 +30,8 @@ from services.runtime.processor import this_processor
 from services.tuning.job import Options
 from services.tuning.training.batches import Tokens, batches, read
 from services.tuning.training.reporting import Reporter
+from services.tuning.training.run import CPU_BATCH_TOKENS, arguments
 from services.tuning.training.sft import AnswerTrainer
-from services.tuning.training.training import CPU_BATCH_TOKENS, arguments
 
 MODELS = Path.home() / ".cache" / "tworoads" / "models"
 GOAL = 0.9

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from services.tuning.training.training.trainer import Trained, TrainingFailed
 from tworoads.v1 import generation_pb2, retrieval_pb2
 from tworoads.v1 import tuning_pb2 as pb
 from tworoads.v1.generation_pb2_grpc import (
@@ -42,6 +41,7 @@ from services.tuning.job import Options, Progress
 from services.tuning.jobs import Jobs
 from services.tuning.messages import messages_of
 from services.tuning.service import TuningService
+from services.tuning.training.trainer import Trained, TrainingFailed
 from services.tuning.uploads import Uploads
 from tests.tiny_tokenizer import TinyTokenizer
 

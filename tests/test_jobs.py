@@ -9,7 +9,6 @@ from typing import Any
 
 import grpc
 import pytest
-from services.tuning.training.training.trainer import TrainingFailed
 from tworoads.v1 import tuning_pb2 as pb
 from tworoads.v1.tuning_pb2_grpc import TuningServiceStub
 
@@ -17,6 +16,7 @@ from services.runtime.errors import Overloaded, Unavailable, error_info
 from services.tuning import making
 from services.tuning.owner import owned
 from services.tuning.store import PROGRESS_KEPT
+from services.tuning.training.trainer import TrainingFailed
 from tests.small_tuning import (
     OTHER_BASE,
     FakeTrainer,

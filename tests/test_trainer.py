@@ -6,7 +6,11 @@ import time
 from contextlib import aclosing
 
 import pytest
-from services.tuning.training.training.trainer import (
+
+from services.tuning.job import Options, Progress
+from services.tuning.training.batches import Tokens, batch_tokens, batches, read, sample, schedule
+from services.tuning.training.checkpoints import keep, newest, saving, seal
+from services.tuning.training.trainer import (
     LOG_BYTES,
     LOG_TAIL_BYTES,
     ChildTrainer,
@@ -14,10 +18,6 @@ from services.tuning.training.training.trainer import (
     TrainingFailed,
     read_plan,
 )
-
-from services.tuning.job import Options, Progress
-from services.tuning.training.batches import Tokens, batch_tokens, batches, read, sample, schedule
-from services.tuning.training.checkpoints import keep, newest, saving, seal
 
 RESULT = 'result {"held_out_loss": 0.5, "seconds": 2.0, "probes": [[-0.1, -0.2]]}'
 SAID = '{"step": 1, "steps": 2, "loss": 3.5, "tokens_per_second": 10.0, "seconds_left": 4.0}'
@@ -112,7 +112,7 @@ async def test_a_child_killed_for_want_of_memory_is_told_from_others(
 ):
     counter = tmp_path / "events"
     counter.write_text("oom 0\noom_kill 4\n")
-    monkeypatch.setattr("services.tuning.training.training.trainer.KILL_COUNTERS", (counter,))
+    monkeypatch.setattr("services.tuning.training.trainer.KILL_COUNTERS", (counter,))
     script(tmp_path, "pid", "wait")
     with pytest.raises(TrainingFailed) as caught:
         async with aclosing(trainer.train(tmp_path, Options())) as news:

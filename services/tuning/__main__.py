@@ -26,7 +26,7 @@ from services.tuning.jobs import Jobs
 from services.tuning.owner import owned
 from services.tuning.service import TuningService
 from services.tuning.settings import Settings
-from services.tuning.training.training.trainer import ChildTrainer
+from services.tuning.training.trainer import ChildTrainer
 from services.tuning.uploads import MEBIBYTE, Uploads
 
 NAME = DESCRIPTOR.services_by_name["TuningService"].full_name

@@ -30,7 +30,7 @@ from services.tuning.job import ENDED, Job
 from services.tuning.making import Maker, Trainer, Verifier
 from services.tuning.store import Ended, Event, JobStore, queue_full
 from services.tuning.threads import in_thread
-from services.tuning.training.training.trainer import TrainingFailed
+from services.tuning.training.trainer import TrainingFailed
 
 HEARTBEAT_SECONDS = 15.0
 HOUSEKEEPING_SECONDS = 3600.0

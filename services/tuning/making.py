@@ -27,7 +27,7 @@ from services.tuning.data.preparing import prepare
 from services.tuning.job import Adapter, Job, Manifest, Options, Probe, Progress, TokenScore
 from services.tuning.store import JobStore
 from services.tuning.threads import in_thread
-from services.tuning.training.training.trainer import Trained, TrainingFailed
+from services.tuning.training.trainer import Trained, TrainingFailed
 
 MOST_RESTARTS = 2
 RESTARTED = ("TRAINER_DIED", "OUT_OF_MEMORY")  # what may go well the next time

@@ -13,7 +13,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
-from services.tuning.training.training.trainer import ChildTrainer, Trained, TrainingFailed
 from transformers import (
     AttentionInterface,
     AutoModelForCausalLM,
@@ -27,6 +26,7 @@ from services.prompts.words import conversation
 from services.tuning.job import Options, Progress
 from services.tuning.training.batches import read
 from services.tuning.training.packing import ATTENTION, attend, pack
+from services.tuning.training.trainer import ChildTrainer, Trained, TrainingFailed
 
 PLACES = "Lyon Turin Graz Ghent Porto Bergen Tampere Bilbao".split()
 THINGS = "bread tools maps tea glass".split()

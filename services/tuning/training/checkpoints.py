@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from services.tuning import disk
-from services.tuning.training.training.trainer import TrainingFailed
+from services.tuning.training.trainer import TrainingFailed
 
 SEAL = "whole.json"  # a checkpoint's last file: the sizes of the others
 FULL = ("No space left", "os error 28", "os error 27", "os error 122", "PytorchStreamWriter failed")

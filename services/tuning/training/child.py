@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from services.runtime.child import die_with_parent
-from services.tuning.training.training.trainer import TrainingFailed
+from services.tuning.training.trainer import TrainingFailed
 
 NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")  # torch's words
 TOO_LITTLE = "there is not enough memory to train"
@@ -27,7 +27,7 @@ def main(folder: Path) -> int:
     out = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     try:
-        from services.tuning.training.training import train  # takes seconds
+        from services.tuning.training.run import train  # takes seconds
 
         train(folder, lambda news: _say(out, news), start)
     except TrainingFailed as error:

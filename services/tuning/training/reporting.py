@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from transformers import TrainerCallback
 
-from services.tuning.training.training.trainer import TrainingFailed
+from services.tuning.training.trainer import TrainingFailed
 
 SECONDS = 1.0  # between two lines
 SAVING_SHARE = 0.05  # of the time, at most, goes into checkpoints that only save work

@@ -70,7 +70,7 @@ class ChildTrainer:
         threads: int = 0,
         *,
         checkpoint_seconds: float = 60.0,
-        module: str = "services.tuning.training.training.child",
+        module: str = "services.tuning.training.child",
     ) -> None:
         self._model = Path(model).resolve()
         self._dtype = dtype

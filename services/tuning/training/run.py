@@ -22,7 +22,7 @@ from services.tuning.training.batches import Tokens, batch_tokens, batches, read
 from services.tuning.training.checkpoints import newest, saving, write_json
 from services.tuning.training.reporting import Reporter
 from services.tuning.training.sft import AnswerTrainer
-from services.tuning.training.training.trainer import read_plan
+from services.tuning.training.trainer import read_plan
 
 CPU_BATCH_TOKENS = 1024  # at most
 GPU_BATCH_TOKENS = (2048, 16384)  # at least and at most, by memory
