@@ -120,8 +120,8 @@ async def test_hybrid_with_an_adapter_that_never_saw_passages_answers_and_says_s
     client: Client, tuned: Tuned
 ) -> None:
     answer = await client.ask(LEAVE, "handbook", "hybrid", adapter=tuned.adapter.id)
-    assert answer.started and answer.started.path == "hybrid"
-    assert list(answer.started.warnings) == ["ADAPTER_WITHOUT_CONTEXT"]
+    assert (answer.path, answer.adapter) == ("hybrid", tuned.adapter.id)
+    assert list(answer.warnings) == ["ADAPTER_WITHOUT_CONTEXT"]
     assert answer.passages and answer.text
 
 

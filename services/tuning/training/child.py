@@ -1,4 +1,4 @@
-"""The process that trains: `python -m` this module, with a FOLDER.
+"""The process that trains: `python -m` this module, with a FOLDER and the PARENT's process id.
 
 It reads plan.json and training.jsonl, keeps checkpoints, and leaves adapter/ and result.json. On
 standard output it says how far it has come, a line of JSON about once a second, and at last, if so,
@@ -19,10 +19,10 @@ NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")  # t
 TOO_LITTLE = "there is not enough memory to train"
 
 
-def main(folder: Path) -> int:
+def main(folder: Path, parent: int) -> int:
     """Train; return the exit status."""
     start = time.monotonic()
-    die_with_parent(os.getppid())
+    die_with_parent(parent)
     # What a library prints must not get between the lines.
     out = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
@@ -52,4 +52,4 @@ def _fail(out: IO[str], reason: str, message: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2])))

@@ -111,7 +111,7 @@ class ChildTrainer:
         log = _Log(folder / "log")
         process = await asyncio.create_subprocess_exec(
             sys.executable,
-            *("-P", "-m", self._module, str(folder)),
+            *("-P", "-m", self._module, str(folder), str(os.getpid())),
             stdin=DEVNULL,
             stdout=PIPE,
             stderr=PIPE,
