@@ -1,7 +1,8 @@
 """All benchmarks, one after the other: `python -m benchmarks`, or `make bench`.
 
 They measure a stack of their own, in a temporary data folder. Those that need a question set run if
-TWOROADS_DATA names its folder. Each is a command by itself as well, with a running stack.
+TWOROADS_DATA names its folder. Each is a command by itself as well, with a running stack. Not among
+them: `benchmarks.tuned`, which trains for half an hour on question sets of its own kinds.
 """
 
 import os
@@ -12,8 +13,8 @@ from pathlib import Path
 
 from benchmarks.stack import own_stack
 
-BEFORE = ("embedding", "start")  # without a stack
-OF_A_STACK = ("generation", "gateway", "ingest")
+BEFORE = ("embedding", "start", "training", "lora")  # without a stack
+OF_A_STACK = ("generation", "gateway", "ingest", "first_use")
 OF_QUESTIONS = ("retrieval", "answers")  # of a stack as well
 
 

@@ -217,9 +217,15 @@ async def commands(client: Client, folder: Path, examples: int, questions: int) 
         row["question"] = f"{row['question']} ({row['tool']})"
     texts = [row["question"] for row in asked]
     async with corpus_of(client, rows(folder, "corpus.jsonl")) as corpus:
-        alone = await train(client, "commands", trained, seed=SEED)
+        alone = await train(client, "commands", trained, epochs=2, seed=SEED)
         with_pages = await train(
-            client, "commands-pages", trained, corpus=corpus, context="mixed", seed=SEED
+            client,
+            "commands-pages",
+            trained,
+            corpus=corpus,
+            context="mixed",
+            epochs=2,
+            seed=SEED,
         )
         roads: dict[str, dict[str, Any]] = {
             "base": {"path": "base"},

@@ -24,6 +24,8 @@ cat <<'NEXT'
 The stack goes on running. What to try next (with .venv/bin on the PATH):
   tworoads ask "What is the emergency number inside the building?" --corpus handbook
   tworoads search "torque sensor warranty" --corpus handbook
+  tworoads tune examples/house-style.jsonl --name house --corpus handbook --epochs 1   # some minutes
+  tworoads ask "What is the emergency number?" --path hybrid --adapter house --corpus handbook
   tworoads ingest YOUR_FOLDER --corpus mine
 `make stop` stops it.
 NEXT
