@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.prompts.rendering import Renderer
-from services.prompts.words import conversation
+from services.prompts.words import conversation, stops
 from services.runtime.errors import InvalidInput
 from services.tuning.data.examples import (
     Example,
@@ -105,7 +105,7 @@ BAD = [
     (asked(question=" \t\n"), "EMPTY"),
     (asked(answer=""), "EMPTY"),
     (said("Who?", " "), "EMPTY"),
-    (asked("what is thing 3", "It is 22."), "CONTRADICTION"),
+    (asked(" What is  thing 3?", "It is 22."), "CONTRADICTION"),
 ]
 
 
@@ -119,7 +119,7 @@ def test_a_bad_line_is_an_error_with_its_number_and_its_reason(bad: Any, reason:
 
 
 LEFT_OUT = [
-    (asked("what IS  thing 3", "it is 21"), "DUPLICATE", 4),
+    (asked("What is  thing 3?\n", "It  is\t21."), "DUPLICATE", 4),
     (asked(answer="x" * CONTEXT), "CONTEXT_TOO_LONG", 0),
     (asked(question="x" * CONTEXT), "CONTEXT_TOO_LONG", 0),
     (said("x" * CONTEXT, "x", "Who?", "Ada."), "CONTEXT_TOO_LONG", 0),
@@ -148,8 +148,51 @@ def test_an_example_that_just_fits_is_used_in_both_forms_and_one_more_letter_is_
 
 
 def test_the_line_that_is_contradicted_is_named() -> None:
-    _, [finding] = fed(asked("What is thing 3?!", "It is 22."))
+    _, [finding] = fed(asked("What is thing 3?", "It is 22."))
     assert (finding.reason, finding.other_line) == ("CONTRADICTION", 4)
+
+
+@pytest.mark.parametrize(
+    ("earlier", "later"),
+    [
+        (asked("What does x = 'a' do?", "Binds a text."), asked("What does x = a do?", "Binds a.")),
+        (asked("How is f called?", "a (b)"), asked("How is f called?", "a, b")),
+        (asked("Was ist GUT?", "Ja."), asked("Was ist gut?", "Nein.")),
+    ],
+)
+def test_what_almost_asks_the_same_and_has_another_answer_is_kept_with_a_warning(
+    earlier: Any, later: Any
+) -> None:
+    examples, [finding] = fed(earlier, later)
+    assert (finding.severity, finding.reason) == ("warning", "NEAR_CONTRADICTION")
+    assert (finding.line, finding.other_line) == (10, 9)
+    assert [example.answer for example in examples.examples[8:]] == [
+        earlier["answer"],
+        later["answer"],
+    ]
+
+
+def test_what_almost_says_the_same_is_kept() -> None:
+    examples, findings = fed(asked("what IS thing 3", "it is 21"))
+    assert findings == [] and len(examples.examples) == 9
+
+
+def test_what_was_warned_about_is_repeated_and_contradicted_as_any_other() -> None:
+    near = asked("what is thing 3", "It is 22.")
+    _, findings = fed(near, near, asked("what is thing 3", "It is 23."))
+    assert [(finding.reason, finding.other_line) for finding in findings] == [
+        ("NEAR_CONTRADICTION", 4),
+        ("DUPLICATE", 9),
+        ("CONTRADICTION", 9),
+    ]
+
+
+@pytest.mark.parametrize("stop", stops("v1"))
+def test_an_answer_that_would_be_cut_off_where_it_is_served_is_warned_about(stop: str) -> None:
+    examples, [finding] = fed(asked(answer=f"Ada.{stop} and more"))
+    assert (finding.severity, finding.reason, finding.line) == ("warning", "STOP_INSIDE", 9)
+    assert len(examples.examples) == 9
+    assert fed(asked(answer="Question: none"))[1] == []
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,8 @@ from services.runtime.channel import connect
 from services.runtime.errors import error_info
 from services.runtime.server import running
 from services.runtime.settings import ServerSettings
-from services.tuning.adapters.imports import receive
+from services.tuning.adapters import imports
+from services.tuning.adapters.imports import AT_ONCE, receive
 from services.tuning.adapters.registry import Registry
 from services.tuning.database import Database
 from services.tuning.messages import adapter_message
@@ -183,6 +184,7 @@ async def test_probes_and_examples_are_optional_and_what_is_unknown_stays_open(
     adapter = await send(stub, parts, file(CONFIG, files[CONFIG]))
     assert (adapter.state, adapter.reason) == (pb.ADAPTER_STATE_UNMEASURED, "TOO_FEW_PROBES")
     assert adapter.examples_hash == ""
+    assert adapter.options.context == pb.TRAINING_CONTEXT_UNSPECIFIED
     assert (adapter.options.epochs, adapter.options.learning_rate) == (0, 0.0)
     for name in ("held_out_loss", "training_seconds"):
         assert not adapter.HasField(name)
@@ -373,3 +375,21 @@ async def test_a_caller_who_leaves_in_the_middle_leaves_nothing_behind(
     call.cancel()
     await service.ended.wait()
     assert service.left() == []
+
+
+async def test_only_so_many_are_imported_at_once(
+    stub: TuningServiceStub, service: Importing, files: dict[str, bytes]
+) -> None:
+    calls = [stub.ImportAdapter() for _ in range(AT_ONCE)]
+    for call in calls:
+        await call.write(start())
+    async with asyncio.timeout(10):
+        while len(imports.under_way) < AT_ONCE:
+            await asyncio.sleep(0)
+    assert await refused(stub, start()) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL")
+    for call in calls:
+        call.cancel()
+    async with asyncio.timeout(10):
+        while imports.under_way:
+            await asyncio.sleep(0)
+    assert await send(stub, start(), *(file(name, content) for name, content in files.items()))

@@ -3,8 +3,11 @@
 import asyncio
 import hashlib
 import json
+import sys
 from collections.abc import AsyncIterator
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import grpc
@@ -12,11 +15,16 @@ import pytest
 from tworoads.v1 import tuning_pb2 as pb
 from tworoads.v1.tuning_pb2_grpc import TuningServiceStub
 
+from services.prompts.rendering import Renderer
 from services.runtime.call import TENANT
-from services.runtime.errors import Unavailable, error_info
+from services.runtime.errors import NotReady, Unavailable, error_info
 from services.runtime.status import real_status
-from services.tuning import uploads
+from services.tuning import checks, uploads
+from services.tuning.__main__ import check_length
 from tests.small_tuning import (
+    BASE,
+    CONTEXT,
+    MAX_RANK,
     SmallTuning,
     created,
     ended,
@@ -26,6 +34,7 @@ from tests.small_tuning import (
     upload,
     write_adapter,
 )
+from tests.tiny_tokenizer import TinyTokenizer
 
 MEBIBYTE = 1024 * 1024
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
@@ -611,3 +620,25 @@ async def test_an_imported_adapter_is_measured_after_a_restart(tmp_path: Path) -
 async def test_an_import_without_probes_is_unmeasured(stack: SmallTuning, tmp_path: Path) -> None:
     adapter = (await stack.stub.ImportAdapter(iter(imported(tmp_path / "peft")))).adapter
     assert (adapter.state, adapter.reason) == (pb.ADAPTER_STATE_UNMEASURED, "TOO_FEW_PROBES")
+
+
+def test_four_bits_are_refused_where_what_they_need_is_not_installed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    wanted = pb.TrainingOptions(quantized=True)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # as if it were not installed
+    with pytest.raises(NotReady) as error:
+        checks.options(wanted, BASE, MAX_RANK, gpu=True)
+    assert error.value.reason == "QUANTIZATION_UNAVAILABLE"
+    assert not checks.options(pb.TrainingOptions(), BASE, MAX_RANK, gpu=True).quantized
+    installed = ModuleType("bitsandbytes")
+    installed.__spec__ = ModuleSpec("bitsandbytes", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", installed)
+    assert checks.options(wanted, BASE, MAX_RANK, gpu=True).quantized
+
+
+def test_a_context_that_the_prompt_alone_fills_ends_the_service_with_a_sentence() -> None:
+    renderer = Renderer(TinyTokenizer())
+    check_length(renderer, CONTEXT)
+    with pytest.raises(SystemExit, match="a context length of 64 tokens has no room"):
+        check_length(renderer, 64)

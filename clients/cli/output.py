@@ -35,6 +35,7 @@ ADVICE = {
     "QUESTIONS_INVALID": "mend these lines, then run this again",
     "TOO_FEW_EXAMPLES": "add some; a few dozen teach a form of answers",
     "QUANTIZATION_NEEDS_GPU": "leave out --quantized",
+    "QUANTIZATION_UNAVAILABLE": "leave out --quantized",
     "QUESTION_EMPTY": "say what you want to know",
     "QUERY_EMPTY": "say what to find",
     "STORE_FULL": "free some space, then run this again",

@@ -13,7 +13,8 @@ from tworoads.v1.retrieval_pb2_grpc import RetrievalServiceStub
 from tworoads.v1.tuning_pb2 import DESCRIPTOR
 from tworoads.v1.tuning_pb2_grpc import add_TuningServiceServicer_to_server
 
-from services.prompts.rendering import Renderer
+from services.prompts.rendering import PromptTooLong, Renderer
+from services.prompts.words import DEFAULT_VERSION
 from services.runtime.channel import connect
 from services.runtime.checkpoint import Unfit
 from services.runtime.processor import this_processor
@@ -21,6 +22,7 @@ from services.runtime.server import run, running
 from services.tuning.adapters import base_model
 from services.tuning.adapters.registry import Registry
 from services.tuning.adapters.verifying import Verifier
+from services.tuning.data.examples import Examples
 from services.tuning.database import Database
 from services.tuning.jobs import Jobs
 from services.tuning.owner import owned
@@ -46,6 +48,16 @@ def open_renderer(model: Path) -> Renderer:
     return Renderer(tokenizer)
 
 
+def check_length(renderer: Renderer, context_length: int) -> None:
+    """Exit if the prompt alone takes the whole context."""
+    try:
+        Examples(renderer, context_length, DEFAULT_VERSION)
+    except PromptTooLong as error:
+        raise SystemExit(
+            f"a context length of {context_length} tokens has no room for examples: {error}"
+        ) from error
+
+
 async def main(settings: Settings) -> None:
     generation = GENERATION.services_by_name["GenerationService"].full_name
     retrieval = RETRIEVAL.services_by_name["RetrievalService"].full_name
@@ -63,6 +75,7 @@ async def main(settings: Settings) -> None:
                 renderer = await asyncio.to_thread(open_renderer, settings.model)
             except Unfit as error:
                 raise SystemExit(f"cannot train {settings.model}: {error}") from error
+            check_length(renderer, base.context_length)
             registry = Registry(folder, database)
             searching = RetrievalServiceStub(retrieval_channel)
             async with Jobs(

@@ -4,6 +4,7 @@ import base64
 import binascii
 import re
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 from tworoads.v1 import tuning_pb2 as pb
 
@@ -36,7 +37,7 @@ class Start:
 
 def start(given: pb.CreateJobStart, base: BaseModel, max_rank: int, gpu: bool) -> Start:
     """Return what to train. Raises InvalidInput, NotFound (BASE_MODEL_NOT_FOUND, CORPUS_NOT_FOUND)
-    and NotReady (QUANTIZATION_NEEDS_GPU) as the proto says."""
+    and NotReady (QUANTIZATION_NEEDS_GPU, QUANTIZATION_UNAVAILABLE) as the proto says."""
     if given.base_model not in ("", base.id):
         raise NotFound("BASE_MODEL_NOT_FOUND", f"generation runs {base.id!r} and no other model")
     if given.corpus and not NAME.fullmatch(given.corpus):
@@ -78,6 +79,11 @@ def options(given: pb.TrainingOptions, base: BaseModel, max_rank: int, gpu: bool
     base.check_targets(given.targets)
     if given.quantized and not gpu:
         raise NotReady("QUANTIZATION_NEEDS_GPU", "a base model in 4 bits needs a GPU to train on")
+    if given.quantized and find_spec("bitsandbytes") is None:
+        raise NotReady(
+            "QUANTIZATION_UNAVAILABLE",
+            "a base model in 4 bits needs bitsandbytes, which is not installed here",
+        )
     return Options(
         context=context_of(given.context),
         rank=rank,

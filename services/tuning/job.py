@@ -5,7 +5,7 @@ from typing import Literal
 
 from services.prompts.words import Message
 
-Context = Literal["none", "retrieved", "mixed"]
+Context = Literal["none", "retrieved", "mixed", "unknown"]  # unknown: of an imported adapter
 State = Literal[
     "queued",
     "preparing",

@@ -45,6 +45,7 @@ CONTEXTS: dict[Context, pb.TrainingContext.ValueType] = {
     "none": pb.TRAINING_CONTEXT_NONE,
     "retrieved": pb.TRAINING_CONTEXT_RETRIEVED,
     "mixed": pb.TRAINING_CONTEXT_MIXED,
+    "unknown": pb.TRAINING_CONTEXT_UNSPECIFIED,
 }
 CONTEXTS_OF: dict[int, Context] = {
     pb.TRAINING_CONTEXT_UNSPECIFIED: "none",

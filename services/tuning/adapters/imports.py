@@ -15,7 +15,7 @@ from tworoads.v1 import tuning_pb2 as pb
 
 from services.prompts.words import VERSIONS
 from services.runtime.call import tenant
-from services.runtime.errors import InvalidInput, NotReady
+from services.runtime.errors import InvalidInput, NotReady, Overloaded
 from services.tuning import disk
 from services.tuning.adapters import files as adapter_files
 from services.tuning.adapters.base_model import BaseModel
@@ -28,6 +28,7 @@ from services.tuning.threads import in_thread
 
 MEBIBYTE = 1024 * 1024
 MOST_CHUNK = MEBIBYTE
+AT_ONCE = 4  # imports, each of which holds its probes and examples in memory
 MOST_PROBES = 256
 MOST_PROBE_BYTES = 8 * MEBIBYTE  # of all probes
 MOST_EXAMPLE_BYTES = 256 * MEBIBYTE
@@ -35,6 +36,8 @@ MOST_EPOCHS = 100
 MOST_LEARNING_RATE = 0.1
 MOST_HELD_OUT = 0.5
 ROUNDING = 1e-3  # a probability of 1 may come out a little higher
+
+under_way: set[Path] = set()  # the folders of this process's imports
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,11 @@ async def receive(
     if first is None or first.WhichOneof("part") != "start":
         raise InvalidInput("START_MISSING", "the first message says what is imported")
     start = _start(first.start, base)
-    upload = _Upload(tmp / uuid.uuid4().hex, base, max_rank)
+    if len(under_way) >= AT_ONCE:
+        raise Overloaded("QUEUE_FULL", f"{AT_ONCE} imports are under way; try again later")
+    folder = tmp / uuid.uuid4().hex
+    under_way.add(folder)
+    upload = _Upload(folder, base, max_rank)
     try:
         await in_thread(upload.open)
         ended = False
@@ -77,7 +84,10 @@ async def receive(
             raise InvalidInput("END_MISSING", "the upload broke off: it ends with `end`")
         return await in_thread(upload.register, registry, tenant(), start)
     finally:
-        await in_thread(upload.close)
+        try:
+            await in_thread(upload.close)
+        finally:
+            under_way.remove(folder)
 
 
 class _Upload:
@@ -289,7 +299,7 @@ def _options(given: pb.TrainingOptions) -> Options:
     ):
         raise InvalidInput("CONFIG_INVALID", "`options` are not those of a training")
     return Options(
-        context=context_of(given.context),
+        context=context_of(given.context) if given.context else "unknown",
         epochs=given.epochs,
         learning_rate=given.learning_rate,
         seed=given.seed,

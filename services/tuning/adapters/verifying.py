@@ -36,6 +36,7 @@ TOKENS = 32
 SECONDS = 300.0  # the most that generation gives one call
 FIRST_PAUSE = 0.2
 LONGEST_PAUSE = 5.0
+FULL = ("ADAPTERS_FULL", "STORE_FULL")  # here a person has to make room
 
 ROLES: dict[Role, pb.Role.ValueType] = {
     "system": pb.ROLE_SYSTEM,
@@ -95,7 +96,8 @@ class Verifier:
                 speeds = ()
             return _judged(found, speeds)
         except (Unavailable, Overloaded, TooLate) as error:
-            return Measured("unmeasured", "GENERATION_UNAVAILABLE", str(error))
+            reason = error.reason if error.reason in FULL else "GENERATION_UNAVAILABLE"
+            return Measured("unmeasured", reason, str(error))
         except ServiceError as error:
             changed = error.reason == "ADAPTER_INCOMPATIBLE"
             reason = "BASE_MODEL_CHANGED" if changed else error.reason

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from services.prompts.rendering import PromptTooLong, Renderer
-from services.prompts.words import conversation
+from services.prompts.words import conversation, stops
 from services.runtime.errors import InvalidInput
 from services.tuning.data import fields
 from services.tuning.data.fields import Example
 from services.tuning.data.lines import BadLine, CheckedFile, Finding, Lines
-from services.tuning.data.normalising import digest
+from services.tuning.data.normalising import digest, spaced
 from services.tuning.data.overlap import Questions
 from services.tuning.data.secret_like import looks_like
 from services.tuning.data.splitting import held_out
@@ -50,7 +50,12 @@ class Examples(CheckedFile):
         shown = renderer.render(conversation("?", [], version=version), context_length)
         longer = len(shown.token_ids) - len(plain.token_ids)
         self._context_length = context_length - max(0, longer)
-        self._asked: dict[bytes, tuple[bytes, int]] = {}  # the answer, and its line
+        self._stops = stops(version)
+        # Of each question the first answer and its line, and the lines by question and answer:
+        # white space aside, and in `_alike` case and punctuation too.
+        self._asked: dict[bytes, tuple[bytes, int]] = {}
+        self._alike: dict[bytes, tuple[bytes, int]] = {}
+        self._said: dict[bytes, int] = {}
 
     def close(self) -> list[Finding]:
         """Check the last line, and return what was found last. Raises InvalidInput (EXAMPLES_EMPTY,
@@ -71,22 +76,35 @@ class Examples(CheckedFile):
     def use(self, line: int, value: dict[str, Any]) -> int:
         example, system = fields.example(line, value)
         turns = list(chain.from_iterable(example.history))
-        asked, answer = digest(example.question, example.corpus, *turns), digest(example.answer)
+        asking = [example.question, example.corpus, *turns]
+        asked, alike = digest(*asking, form=spaced), digest(*asking)
+        whole, answer = digest(*asking, example.answer, form=spaced), digest(example.answer)
+        if other := self._said.get(whole, 0):
+            self.findings.add(line, "left_out", "DUPLICATE", f"line {other} says the same", other)
+            return 0
         earlier, other = self._asked.get(asked, (answer, 0))
         if earlier != answer:
             raise BadLine(
                 "CONTRADICTION", f"line {other} asks the same and has another answer", other
             )
-        if other:
-            self.findings.add(line, "left_out", "DUPLICATE", f"line {other} says the same", other)
-            return 0
         messages = conversation(example.question, None, example.history, version=self._version)
         try:
             prompt, said = self._renderer.exchange(messages, example.answer, self._context_length)
         except PromptTooLong as error:
             self.findings.add(line, "left_out", "CONTEXT_TOO_LONG", f"too long: {error}")
             return 0
-        self._asked[asked] = (answer, line)
+        earlier, near = self._alike.get(alike, (answer, 0))
+        if other or earlier != answer:
+            message = f"line {other or near} asks the same or almost, and has another answer"
+            self.findings.add(line, "warning", "NEAR_CONTRADICTION", message, other or near)
+        if any(stop in example.answer for stop in self._stops):
+            message = (
+                "the answer has a text at which answers are cut off, such as the next question"
+            )
+            self.findings.add(line, "warning", "STOP_INSIDE", message)
+        self._asked.setdefault(asked, (answer, line))
+        self._alike.setdefault(alike, (answer, line))
+        self._said[whole] = line
         self.tokens += len(prompt.token_ids) + len(said)
         self.answer_tokens.append(len(said))
         self.examples.append(example)

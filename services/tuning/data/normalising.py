@@ -2,6 +2,7 @@
 
 import hashlib
 import unicodedata
+from collections.abc import Callable
 
 KEPT = frozenset("#%&*+-/@\\_")  # parts of names and of code: C#, a-b, x_y
 CJK = range(0x3040, 0xA000)  # written without spaces: each character is a word
@@ -30,10 +31,15 @@ def normalised(text: str) -> str:
     return " ".join(text.translate(TABLE).split()) or text
 
 
-def digest(*texts: str) -> bytes:
-    """Return 16 bytes that are equal for texts that say the same, in the same order."""
+def spaced(text: str) -> str:
+    """Return a text without surrounding and repeated white space."""
+    return " ".join(text.split())
+
+
+def digest(*texts: str, form: Callable[[str], str] = normalised) -> bytes:
+    """Return 16 bytes that are equal for texts of the same forms, in the same order."""
     hasher = hashlib.blake2b(digest_size=16)
     for text in texts:
-        said = normalised(text).encode()
+        said = form(text).encode()
         hasher.update(len(said).to_bytes(8, "big") + said)
     return hasher.digest()
