@@ -93,12 +93,15 @@ class FakeGeneration(GenerationServiceServicer):
         self.requests: list[generation_pb2.GenerateRequest] = []
         self.parts_that_fit = 100
         self.error: Exception | None = None
+        self.adapter_error: Exception | None = None  # of requests with an adapter
         self.hold_after: int | None = None  # words, after which it waits to be cancelled
         self.running = 0
 
     async def Generate(self, request, context):
         if self.error:
             raise self.error
+        if self.adapter_error and request.adapter:
+            raise self.adapter_error
         self.requests.append(request)
         self.running += 1
         try:
@@ -198,7 +201,7 @@ async def small_stack(
         }
 
         def forward(server: grpc.aio.Server) -> None:
-            server.add_generic_rpc_handlers((Forwarder(channels),))
+            server.add_generic_rpc_handlers((Forwarder(channels, answers.forget),))
 
         await gateway.serve(lambda s: add_AnswerServiceServicer_to_server(answers, s), forward)
         yield SmallStack(

@@ -301,6 +301,18 @@ async def test_what_was_altered_on_disk_is_downloaded_anew(
     assert len(tuning.downloads) == 2
 
 
+async def test_what_lies_in_the_place_of_an_adapter_gives_way(
+    replica: Replica, tuning: FakeTuning
+) -> None:
+    adapter, other = tuning.add("tone"), tuning.add("other")
+    await replica.ask(other.id)
+    (tenant,) = {path.parent.parent for path in replica.kept()}
+    (tenant / adapter.hash).mkdir()
+    (tenant / adapter.hash / "left").write_bytes(b"x")  # by a removal that failed
+    assert await replica.ask(adapter.id)
+    assert len(replica.kept()) == 6  # three of each
+
+
 @pytest.mark.parametrize("about", [b"", b"{", b"{}", b'{"id": 1}'])
 async def test_a_folder_without_a_proper_description_is_removed(
     stopped: Replica, tuning: FakeTuning, about: bytes

@@ -51,6 +51,11 @@ class Tuning(FakeTuning):
             await self.meeting.wait()
         return await super().GetAdapter(request, context)
 
+    async def DeleteAdapter(self, request, context):
+        found = self._find(request.adapter)
+        self.kept.remove(found)
+        return pb.DeleteAdapterResponse()
+
     async def CreateJob(self, requests, context):
         received = 0
         async for _ in requests:
@@ -229,6 +234,23 @@ async def test_a_deleted_adapter_is_forgotten(stack, answers, by_name):
         assert reason_of(error) == (grpc.StatusCode.UNAVAILABLE, "TUNING_UNAVAILABLE")
 
 
+async def test_an_adapter_that_is_deleted_here_is_forgotten_though_tuning_goes_away(
+    stack, answers, tuning
+):
+    deleted, other = stack.tuning.add("style"), stack.tuning.add("other")
+    for name in ("style", "other"):
+        await events(answers, path=PATH_TUNED, adapter=name)
+    await tuning.DeleteAdapter(pb.DeleteAdapterRequest(adapter=deleted.id))
+    stack.tuning.error = Unavailable("GONE", "")
+    with pytest.raises(grpc.aio.AioRpcError):  # what was not deleted is not forgotten
+        await tuning.DeleteAdapter(pb.DeleteAdapterRequest(adapter=other.id))
+    for asked in ("style", deleted.id):
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await events(answers, path=PATH_TUNED, adapter=asked)
+        assert reason_of(error) == (grpc.StatusCode.UNAVAILABLE, "TUNING_UNAVAILABLE")
+    assert (await started(answers, path=PATH_TUNED, adapter="other")).adapter == other.id
+
+
 @pytest.mark.parametrize(
     ("error", "code"),
     [
@@ -301,6 +323,7 @@ async def test_auto_follows_a_policy_that_names_an_adapter(stack, answers):
     [
         ("deleted", "no adapter of this name"),
         ("away", "is away"),
+        ("broken", "failed"),
         ("measured", "still being measured"),
         ("unknown words", "prompt version"),
     ],
@@ -316,12 +339,66 @@ async def test_auto_searches_when_the_adapter_of_its_policy_cannot_be_used(
         stack.tuning.kept.clear()
     if why == "away":
         stack.servers["tuning"]._calls.serving = False
+    if why == "broken":
+        stack.tuning.error = RuntimeError("secret")
     found = await events(answers, corpus="c")
     begun = found[0].started
     assert (begun.path, begun.reason, begun.adapter) == (PATH_RAG, "POLICY_CLOSED", "")
     assert said in begun.explanation
     assert found[1].passages.passages[0].document_id == "leave"
     assert stack.generation.requests[0].adapter == ""
+
+
+@pytest.mark.parametrize("path", ["tuned", "hybrid"])
+@pytest.mark.parametrize(
+    "error",
+    [
+        NotFound("ADAPTER_NOT_FOUND", "it is gone"),
+        NotReady("ADAPTER_VERIFYING", "it is being measured"),
+        NotReady("ADAPTER_NOT_ACCEPTED", "accept it first"),
+        NotReady("ADAPTER_ALTERED", "its files were altered"),
+        NotReady("ADAPTER_INCOMPATIBLE", "of another model"),
+        Overloaded("ADAPTERS_FULL", "all places are in use"),
+        Overloaded("STORE_FULL", "the disk is full"),
+        Unavailable("TUNING_UNAVAILABLE", "cannot answer now"),
+    ],
+    ids=lambda error: error.reason,
+)
+async def test_auto_searches_when_generation_refuses_the_adapter_of_the_policy(
+    stack, answers, path, error
+):
+    await set_policy(stack, path, stack.tuning.add("style").id)
+    stack.generation.adapter_error = error
+    embedded = len(stack.embedding.embedded)
+    found = await events(answers, corpus="c")
+    assert kinds(found)[:3] == ["started", "passages", "text"] and kinds(found)[-1] == "finished"
+    assert kinds(found).count("started") == kinds(found).count("passages") == 1
+    begun = found[0].started
+    assert (begun.path, begun.reason, begun.adapter) == (PATH_RAG, "POLICY_CLOSED", "")
+    assert str(error) in begun.explanation and begun.corpus_version
+    assert [request.adapter for request in stack.generation.requests] == [""]
+    assert len(stack.embedding.embedded) == embedded + 1  # searched once
+
+
+async def test_auto_with_neither_adapter_nor_retrieval_degrades_if_the_caller_allows_it(
+    stack, answers
+):
+    await set_policy(stack, "tuned", stack.tuning.add("style").id)
+    stack.generation.adapter_error = Overloaded("ADAPTERS_FULL", "all places are in use")
+    stack.embedding.error = Unavailable("STOPPING", "")
+    by_vector = answer_pb2.AnswerOptions(
+        allow_degraded=True, search_mode=retrieval_pb2.SEARCH_MODE_VECTOR
+    )
+    begun = await started(answers, corpus="c", options=by_vector)
+    assert (begun.path, begun.reason) == (PATH_BASE, "DEGRADED")
+
+
+async def test_what_generation_fails_with_otherwise_does_not_close_a_policy(stack, answers):
+    await set_policy(stack, "hybrid", stack.tuning.add("style").id)
+    stack.generation.adapter_error = Overloaded("QUEUE_FULL", "try again later")
+    with pytest.raises(grpc.aio.AioRpcError) as error:
+        await events(answers, corpus="c")
+    assert reason_of(error) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL")
 
 
 async def test_an_unfaithful_adapter_that_was_accepted_keeps_its_policy(stack, answers):
@@ -357,6 +434,9 @@ async def test_what_is_known_of_adapters_is_kept_by_tenant_and_bounded(monkeypat
         for name in ("one", "two", "style"):
             await looked_up.resolve(name)
         fake.error = Unavailable("GONE", "")
+        current.set(Call(tenant="theirs"))
+        looked_up.forget("two")  # not theirs to forget
+        current.set(Call(tenant="mine"))
         assert not (await looked_up.resolve("two")).newest
         with pytest.raises(Unavailable):
             await looked_up.resolve("one")  # put out by the others

@@ -44,7 +44,7 @@ async def main(settings: Settings) -> None:
         }
 
         def forward(grpc_server: Any) -> None:
-            grpc_server.add_generic_rpc_handlers((Forwarder(channels),))
+            grpc_server.add_generic_rpc_handlers((Forwarder(channels, answers.forget),))
 
         await server.serve(lambda s: add_AnswerServiceServicer_to_server(answers, s), forward)
         await server.until_stopped()

@@ -52,7 +52,7 @@ class Adapters:
                     pb.GetAdapterRequest(adapter=asked), **arguments
                 )
         except NotFound:
-            self._forget(asked)
+            self.forget(asked)
             raise
         except (Unavailable, Overloaded, TooLate) as error:
             known = self._known.get((tenant(), asked))
@@ -74,8 +74,8 @@ class Adapters:
             self._known.popitem(last=False)
         return adapter
 
-    def _forget(self, asked: str) -> None:
-        """Forget an adapter under all its names, or all versions of a name."""
+    def forget(self, asked: str) -> None:
+        """Forget an adapter of the caller under all its names, or all versions of a name."""
         for (owner, name), known in list(self._known.items()):
             if owner == tenant() and asked in (known.id, known.name):
                 del self._known[owner, name]

@@ -14,7 +14,7 @@ from tworoads.v1.retrieval_pb2_grpc import RetrievalServiceStub
 from services.gateway.adapters import Adapters
 from services.gateway.checking import Checking
 from services.gateway.evidence import Evidence, query_of, search
-from services.gateway.routes import Route, route_of, with_adapter
+from services.gateway.routes import REFUSALS, Route, closed, route_of, with_adapter
 from services.prompts.words import (
     DEFAULT_VERSION,
     Message,
@@ -24,7 +24,7 @@ from services.prompts.words import (
     stops,
 )
 from services.runtime.call import current, outgoing
-from services.runtime.errors import Overloaded, TooLate, Unavailable, downstream
+from services.runtime.errors import Overloaded, ServiceError, TooLate, Unavailable, downstream
 
 ROLES = {
     "system": generation_pb2.ROLE_SYSTEM,
@@ -53,6 +53,23 @@ class Answering:
     async def events(self) -> AsyncIterator[pb.AnswerResponse]:
         """Yield the answer's events, in the order of AnswerService.Answer."""
         route, evidence = await self._prepared()
+        events = self._answered(route, evidence)
+        head: list[pb.AnswerResponse] = []
+        if route.may_close:  # nothing is said before generation has taken the adapter
+            try:
+                head = await _until_written(events)
+            except ServiceError as error:
+                if error.reason not in REFUSALS:
+                    raise
+                events = self._answered(*await self._closed(str(error), evidence))
+        for event in head:
+            yield event
+        async for event in events:
+            yield event
+
+    async def _answered(
+        self, route: Route, evidence: Evidence | None
+    ) -> AsyncIterator[pb.AnswerResponse]:
         yield self._started(route, evidence)
         if evidence is not None:
             passages = pb.AnswerPassages(passages=evidence.passages)
@@ -79,6 +96,12 @@ class Answering:
         if route.searches and evidence is None:
             route = route.without_documents()
         return route, evidence
+
+    async def _closed(self, why: str, evidence: Evidence | None) -> tuple[Route, Evidence | None]:
+        """Search instead of using the adapter of a policy, if HYBRID has not searched already."""
+        route = closed(why)
+        evidence = evidence or await self._evidence(route)
+        return route if evidence else route.without_documents(), evidence
 
     async def _evidence(self, route: Route) -> Evidence | None:
         """Search, if the route does; None too if that fails and the caller allows it."""
@@ -203,6 +226,16 @@ class Answering:
 
     def _elapsed(self) -> float:
         return (time.perf_counter() - self.started) * 1e3
+
+
+async def _until_written(events: AsyncIterator[pb.AnswerResponse]) -> list[pb.AnswerResponse]:
+    """Take the events up to the first that is neither `started` nor `passages`."""
+    taken = []
+    async for event in events:
+        taken.append(event)
+        if event.WhichOneof("event") not in ("started", "passages"):
+            break
+    return taken
 
 
 def _turns(turns: Iterable[pb.Turn]) -> list[tuple[str, str]]:

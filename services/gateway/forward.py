@@ -4,12 +4,13 @@ No method is written twice: what may be called is a list, the rest comes from th
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc
 from google.protobuf.descriptor_pool import Default
+from tworoads.v1.tuning_pb2 import DeleteAdapterRequest
 
 from services.runtime.call import outgoing
 from services.runtime.errors import ServiceError, downstream
@@ -46,26 +47,44 @@ PUBLIC = {
         "DeleteAdapter",
     ),
 }
+DELETE = "/tworoads.v1.TuningService/DeleteAdapter"
 
 
 class Forwarder(grpc.GenericRpcHandler):
-    """Handles the public methods by calling them on `channels`, by full name of the service."""
+    """Handles the public methods by calling them on `channels`, by full name of the service.
 
-    def __init__(self, channels: Mapping[str, grpc.aio.Channel]) -> None:
+    `forget` is told the NAME@HASH of each adapter that the caller has deleted.
+    """
+
+    def __init__(
+        self,
+        channels: Mapping[str, grpc.aio.Channel],
+        forget: Callable[[str], None] = lambda adapter: None,
+    ) -> None:
         self._handlers: dict[str, Any] = {}
+        done = {DELETE: lambda request: forget(DeleteAdapterRequest.FromString(request).adapter)}
         for service, methods in PUBLIC.items():
             described = Default().FindServiceByName(service)
             word = described.name.removesuffix("Service").lower()
             for name in methods:
                 method = described.methods_by_name[name]
                 path = f"/{service}/{name}"
-                self._handlers[path] = _handler(method, path, channels[service], word)
+                self._handlers[path] = _handler(
+                    method, path, channels[service], word, done.get(path)
+                )
 
     def service(self, handler_call_details: Any) -> Any:
         return self._handlers.get(handler_call_details.method)
 
 
-def _handler(method: Any, path: str, channel: grpc.aio.Channel, word: str) -> Any:
+def _handler(
+    method: Any,
+    path: str,
+    channel: grpc.aio.Channel,
+    word: str,
+    done: Callable[[bytes], None] | None,
+) -> Any:
+    """Return what handles a method; `done` is told each request that ended OK, of a unary call."""
     kinds = {
         (False, False): ("unary_unary", grpc.unary_unary_rpc_method_handler),
         (False, True): ("unary_stream", grpc.unary_stream_rpc_method_handler),
@@ -78,7 +97,9 @@ def _handler(method: Any, path: str, channel: grpc.aio.Channel, word: str) -> An
     async def unary(request: Any, context: Any) -> bytes:
         async with _calling(request, method, call_next, word) as call:
             response: bytes = await call
-            return response
+        if done:
+            done(request)
+        return response
 
     async def stream(request: Any, context: Any) -> AsyncIterator[bytes]:
         async with _calling(request, method, call_next, word) as call:

@@ -30,6 +30,18 @@ WARNINGS = {
         "the adapter never answered without passages in training",
     ),
 }
+# What generation refuses an adapter with: the model alone could still answer.
+REFUSALS = (
+    "ADAPTER_NAME_INVALID",
+    "ADAPTER_NOT_FOUND",
+    "ADAPTER_VERIFYING",
+    "ADAPTER_NOT_ACCEPTED",
+    "ADAPTER_ALTERED",
+    "ADAPTER_INCOMPATIBLE",
+    "ADAPTERS_FULL",
+    "STORE_FULL",
+    "TUNING_UNAVAILABLE",
+)
 
 
 @dataclass(frozen=True)
@@ -46,6 +58,11 @@ class Route:
     @property
     def searches(self) -> bool:
         return self.path in (PATH_RAG, PATH_HYBRID)
+
+    @property
+    def may_close(self) -> bool:
+        """Whether it gives way to a search if generation refuses its adapter."""
+        return self.reason == "POLICY" and self.adapter is not None
 
     @property
     def warning(self) -> tuple[str, str] | None:
@@ -100,13 +117,18 @@ async def with_adapter(route: Route, adapters: Adapters) -> Route:
         adapter = await adapters.resolve(route.asked)
     except (NotFound, InvalidInput, NotReady, Unavailable) as error:
         if route.reason == "POLICY":
-            return _closed(str(error))
+            return closed(str(error))
+        raise
+    except RuntimeError:
+        if route.reason == "POLICY":
+            return closed("the tuning service, which knows it, failed")
         raise
     if route.reason == "POLICY" and not adapter.served:
-        return _closed("it is still being measured, or it was found unfaithful and not accepted")
+        return closed("it is still being measured, or it was found unfaithful and not accepted")
     return replace(route, adapter=adapter)
 
 
-def _closed(why: str) -> Route:
+def closed(why: str) -> Route:
+    """Return the route of a policy whose adapter cannot be used."""
     explanation = f"the adapter that the corpus's policy names cannot be used: {why}"
     return Route(PATH_RAG, "POLICY_CLOSED", explanation)

@@ -49,6 +49,7 @@ class AnswerService(pb_grpc.AnswerServiceServicer):
         self._generation = generation
         self._tuning = tuning
         self._adapters = Adapters(tuning)
+        self.forget = self._adapters.forget  # to be told of adapters that are deleted
         self._model = ""
 
     async def Answer(

@@ -196,11 +196,15 @@ class Incoming:
                     self._end(file)
 
     def keep(self, place: Path) -> None:
-        """Put the files, which are whole, into their place."""
+        """Put the files, which are whole, into their place; what a failed removal left goes."""
+        old = self._folder.with_suffix(".old")
         with _translated():
             (self._folder / ABOUT).write_bytes(ABOUTS.dump_json(self._about))
             place.parent.mkdir(mode=0o700, exist_ok=True)
+            with suppress(FileNotFoundError):
+                place.rename(old)
             self._folder.rename(place)
+        shutil.rmtree(old, ignore_errors=True)
 
     def close(self) -> None:
         if self._out is not None:
