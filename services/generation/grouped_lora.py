@@ -27,7 +27,7 @@ class GroupedLora(PunicaWrapperCPU):
         self._tokens = Batch([])
         self._requests = Batch([])
         self._layers: dict[int, Layer] = {}
-        self._scratch = torch.empty(FEW // BLOCK)
+        self._scratch = torch.empty(2 * FEW // BLOCK)
         if "lora_config" in kwargs:  # now, and not when the first request waits for it
             compiled(kwargs["lora_config"].lora_dtype)
 
@@ -81,6 +81,21 @@ class GroupedLora(PunicaWrapperCPU):
         if layer is None:
             layer = self._layers[id(a)] = Layer(a, b, self._scratch)
         return layer
+
+    def add_lora_embedding(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        lora_b_stacked: torch.Tensor,
+        add_inputs: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        """Add x @ B to the embeddings y, where x is what the A have for the tokens."""
+        version = lora_b_stacked._version
+        if self._embeddings[0] != version:
+            self._embeddings = version, bool(lora_b_stacked.any())
+        if self._embeddings[1]:
+            super().add_lora_embedding(y, x, lora_b_stacked, add_inputs, **kwargs)
 
     # What vLLM makes the other operations of: those of embeddings and of layers that are sharded.
 
@@ -216,7 +231,7 @@ class Adapter:
         self._shapes = torch.tensor(shapes)
         self._scratch = scratch
         inputs, self._width = self._a.size(1), sum(self._outputs)
-        # Of the scratch a row needs the inputs and outputs, which with a low rank are the more.
+        # The scratch is enough for two rows of inputs and outputs, however low the rank.
         multiplied = max(self._a.numel() + together.numel(), BLOCK * (inputs + self._width))
         self._few = FEW // multiplied
         self._kernel = compiled(self._dtype)

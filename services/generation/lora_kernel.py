@@ -146,7 +146,8 @@ def _compile(element: Any, load: Callable[[Any], Any], store: Callable[[Any], An
                 rank = shapes[2 * s]
                 wide = shapes[2 * s + 1]
                 sums = scratch[2 * inputs : 2 * (inputs + wide)]
-                sums[:] = 0
+                for i in range(2 * wide):
+                    sums[i] = 0
                 for _ in range(0, rank, BLOCK):
                     a_block = block(a, at_a, inputs)
                     b_block = block(b, at_b, wide)

@@ -168,6 +168,7 @@ class Jobs:
             if events:
                 continue
             if job.state in ENDED:
+                self._changed(id)  # nobody need wait any more
                 return
             try:
                 async with asyncio.timeout(self._heartbeat_seconds):
@@ -211,7 +212,10 @@ class Jobs:
         del self._running[id]
         if not task.cancelled() and (error := task.exception()):
             log.error("job %s was not cleared", id, exc_info=error)
-        self._queue_moved.set()
+            # What failed may fail again at once.
+            asyncio.get_running_loop().call_later(FULL_SECONDS, self._queue_moved.set)
+        else:
+            self._queue_moved.set()
 
     async def _make(self, id: str) -> None:
         job = await in_thread(self.store.find, id)  # it may have ended since it was looked for
@@ -284,8 +288,12 @@ class Jobs:
         for adapter in await in_thread(self._registry.verifying):
             if adapter.job:  # measured by its job
                 continue
-            with suppress(NotFound):  # deleted meanwhile
+            try:
                 await self._maker.measure(adapter)
+            except NotFound:  # deleted meanwhile
+                pass
+            except Exception:  # the others are measured all the same
+                log.exception("adapter %s was not measured", adapter.id)
 
     async def _sweep(self) -> None:
         await in_thread(self._registry.sweep)

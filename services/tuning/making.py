@@ -116,8 +116,15 @@ class Maker:
     async def _prepare(self, job: Job) -> None:
         folder = self._folder / job.id
         taken, held_out = await in_thread(self._examples, job)
-        until = time.monotonic() + self._retry_seconds
+        until: float | None = None  # from the first failure on, if nothing goes on since
         pause = FIRST_PAUSE
+        furthest = 0
+
+        def moved(done: int, of: int) -> None:
+            nonlocal furthest, pause, until
+            if done > furthest:
+                furthest, pause, until = done, FIRST_PAUSE, None
+
         while True:
             try:
                 probes = await prepare(
@@ -130,11 +137,13 @@ class Maker:
                     self._renderer,
                     self._base.context_length,
                     self._retrieval,
+                    moved,
                 )
                 break
             except (Unavailable, TooLate, Overloaded) as error:
                 if error.reason == "STORE_FULL":
                     raise
+                until = until or time.monotonic() + self._retry_seconds
                 if time.monotonic() + pause > until:
                     raise Unavailable("RETRIEVAL_UNAVAILABLE", str(error)) from error
             await asyncio.sleep(pause)

@@ -18,6 +18,7 @@ from services.tuning.job import Options, Progress
 LOG_TAIL_BYTES = 16 * 1024
 LOG_BYTES = 1 << 20  # of FOLDER/log; beyond it only the tail stays
 LINE_BYTES = 64 * 1024
+LOG_SECONDS = 1.0  # for the last of the log, once the trainer has ended
 
 _PASSED_ON = ("HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "PATH", "TMPDIR")
 _SETTINGS = {
@@ -130,19 +131,22 @@ class ChildTrainer:
                 else:
                     yield Progress(**news)
             status = await process.wait()
-            await noise
+            _kill(process)  # what it started may hold its log open
+            await asyncio.wait([noise], timeout=LOG_SECONDS)
         except (TypeError, ValueError) as error:
             raise TrainingFailed(
                 "TRAINER_DIED", "the trainer said what nobody understands", log.tail()
             ) from error
         finally:
             await _stop(process, noise)
+        if (folder / "result.json").exists():  # whatever went wrong after that
+            return
         if failed:
             raise TrainingFailed(failed["reason"], failed["message"], log.tail())
         if status == -signal.SIGKILL and _kills() > killed:
-            raise TrainingFailed("OUT_OF_MEMORY", "the kernel ended it for want of memory")
-        if status or not (folder / "result.json").exists():
-            raise TrainingFailed("TRAINER_DIED", _how(status), log.tail())
+            message = "the kernel ended it for want of memory"
+            raise TrainingFailed("OUT_OF_MEMORY", message, log.tail())
+        raise TrainingFailed("TRAINER_DIED", _how(status), log.tail())
 
     def _environment(self) -> dict[str, str]:
         """It finds the modules that the parent finds, but no secret in its environment."""
@@ -181,13 +185,16 @@ class _Log:
 
 async def _stop(process: Process, noise: "asyncio.Task[None]") -> None:
     """Kill the child with all that it started, and wait until it is gone."""
-    if process.returncode is None:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+    _kill(process)
     await process.wait()
     noise.cancel()
     with suppress(asyncio.CancelledError):
         await noise
+
+
+def _kill(process: Process) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _how(status: int) -> str:
