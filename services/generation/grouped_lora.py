@@ -91,10 +91,8 @@ class GroupedLora(PunicaWrapperCPU):
         **kwargs: Any,
     ) -> None:
         """Add x @ B to the embeddings y, where x is what the A have for the tokens."""
-        version = lora_b_stacked._version
-        if self._embeddings[0] != version:
-            self._embeddings = version, bool(lora_b_stacked.any())
-        if self._embeddings[1]:
+        # Hardly an adapter has any, and to see that takes a tenth of adding nothing.
+        if any(lora_b_stacked[slot].any() for slot in self._tokens.groups):
             super().add_lora_embedding(y, x, lora_b_stacked, add_inputs, **kwargs)
 
     # What vLLM makes the other operations of: those of embeddings and of layers that are sharded.
