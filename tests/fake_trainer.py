@@ -21,6 +21,9 @@ for line in (folder / "training.jsonl").read_text().splitlines():
     elif action == "grandchild":
         child = subprocess.Popen(["sleep", "1000"])
         print(json.dumps({"step": child.pid, "steps": 0}), flush=True)
+    elif action == "orphan":  # it holds standard error open, as what a library starts does
+        child = subprocess.Popen(["sleep", "1000"], stdout=subprocess.DEVNULL)
+        print(json.dumps({"step": child.pid, "steps": 0}), flush=True)
     elif action == "environment":
         print(json.dumps(dict(os.environ)), file=sys.stderr, flush=True)
     elif action == "result":

@@ -1,6 +1,7 @@
 """The queue of the tuning service: order, restarts, deaths of the trainer, cancelling, watching."""
 
 import asyncio
+import sqlite3
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -433,6 +434,63 @@ async def test_a_failure_is_noted_when_the_disk_has_room_again(
     stack.trainer.error = OSError(28, "No space left on device")
     job = await ended(stack.stub, (await created(stack.stub)).id)
     assert (job.state, job.reason) == (pb.JOB_STATE_FAILED, "STORE_FULL")
+
+
+async def test_cancelling_frees_the_job_s_files_where_the_disk_is_full(
+    stack: SmallTuning, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = await held(stack, "training")
+    cancel = stack.jobs.store.cancel
+
+    def full_while_it_is_there(tenant: str, id: str) -> Any:
+        if (stack.folder / "jobs" / id).exists():
+            raise Overloaded("STORE_FULL", "the disk is full")
+        return cancel(tenant, id)
+
+    monkeypatch.setattr(stack.jobs.store, "cancel", full_while_it_is_there)
+    cancelled = (await stack.stub.CancelJob(pb.CancelJobRequest(id=job.id))).job
+    assert cancelled.state == pb.JOB_STATE_CANCELLED
+    assert stack.trainer.running == 0
+    stack.trainer.open.set()
+    assert (await ended(stack.stub, (await created(stack.stub)).id)).state == pb.JOB_STATE_READY
+    assert stack.trainer.order.count(job.id) == 1
+    await nothing_left(stack.folder)
+
+
+async def test_what_cannot_be_noted_is_tried_again_after_a_pause(
+    stack: SmallTuning, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.tuning.jobs.FULL_SECONDS", 0.05)
+    find, failures = stack.jobs.store.find, [time.monotonic()]
+
+    def broken_twice(id: str) -> Any:
+        if len(failures) < 3:
+            failures.append(time.monotonic())
+            raise sqlite3.OperationalError("disk I/O error")
+        return find(id)
+
+    monkeypatch.setattr(stack.jobs.store, "find", broken_twice)
+    assert (await ended(stack.stub, (await created(stack.stub)).id)).state == pb.JOB_STATE_READY
+    assert failures[2] - failures[1] >= 0.05
+
+
+async def test_watching_jobs_that_have_ended_keeps_nothing(stack: SmallTuning) -> None:
+    job = await ended(stack.stub, (await created(stack.stub)).id)
+    await watched(stack.stub, job.id)
+    assert not stack.jobs._news
+
+
+async def test_an_adapter_is_measured_when_generation_is_back(stack: SmallTuning) -> None:
+    stack.generation.error = Unavailable("ENGINE_DEAD", "the engine is away")
+    job = await ended(stack.stub, (await created(stack.stub)).id)
+    assert (job.state, job.reason) == (pb.JOB_STATE_UNMEASURED, "GENERATION_UNAVAILABLE")
+    stack.generation.error = None
+    stack.jobs.measure()
+    wanted = pb.GetAdapterRequest(adapter=job.adapter)
+    async with asyncio.timeout(10):
+        while (got := (await stack.stub.GetAdapter(wanted)).adapter).reason:
+            pass
+    assert got.state == pb.ADAPTER_STATE_READY and got.HasField("fidelity")
 
 
 async def test_an_adapter_that_is_deleted_while_it_is_measured_fails_its_job(

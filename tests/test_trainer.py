@@ -113,13 +113,13 @@ async def test_a_child_killed_for_want_of_memory_is_told_from_others(
     counter = tmp_path / "events"
     counter.write_text("oom 0\noom_kill 4\n")
     monkeypatch.setattr("services.tuning.training.trainer.KILL_COUNTERS", (counter,))
-    script(tmp_path, "pid", "wait")
+    script(tmp_path, "log last words", "pid", "wait")
     with pytest.raises(TrainingFailed) as caught:
         async with aclosing(trainer.train(tmp_path, Options())) as news:
             async for item in news:
                 counter.write_text("oom 1\noom_kill 5\n")
                 os.kill(item.step, 9)
-    assert caught.value.reason == "OUT_OF_MEMORY"
+    assert (caught.value.reason, caught.value.log_tail) == ("OUT_OF_MEMORY", "last words\n")
 
 
 async def test_a_log_is_bounded_and_its_end_is_told(trainer, tmp_path):
@@ -141,6 +141,18 @@ async def test_closing_ends_the_child_and_what_it_started_within_two_seconds(tra
         start = time.monotonic()
     assert all([gone(pid) for pid in pids])
     assert time.monotonic() - start < 2
+
+
+@pytest.mark.parametrize("status", [0, 1])
+async def test_a_result_counts_whatever_the_child_leaves_and_however_it_ends(
+    trainer, tmp_path, status
+):
+    script(tmp_path, "orphan", RESULT, f"exit {status}")
+    start = time.monotonic()
+    orphan, trained = await news_of(trainer, tmp_path)
+    assert trained == Trained(0.5, 2.0, [[-0.1, -0.2]])
+    assert gone(orphan.step)
+    assert time.monotonic() - start < 5
 
 
 async def test_cancelling_ends_the_child_within_two_seconds(trainer, tmp_path):

@@ -25,8 +25,8 @@ from services.runtime.errors import (
 from services.tuning.adapters.base_model import BaseModel
 from services.tuning.adapters.registry import Registry
 from services.tuning.database import Database
-from services.tuning.disk import FULL
-from services.tuning.job import ENDED, Job
+from services.tuning.disk import FULL, space, sync
+from services.tuning.job import ENDED, Adapter, Job
 from services.tuning.making import Maker, Trainer, Verifier
 from services.tuning.store import Ended, Event, JobStore, queue_full
 from services.tuning.threads import in_thread
@@ -38,6 +38,7 @@ CANCEL_SECONDS = 1.5  # that CancelJob waits for what it stopped; the rest goes 
 FULL_SECONDS = 5.0  # between two attempts to write to a disk that is full
 EVENTS_AT_ONCE = 100
 MOST_LOG = 16 * 1024  # bytes
+AWAY = "GENERATION_UNAVAILABLE"  # why an adapter is UNMEASURED until generation is back
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +85,7 @@ class Jobs:
             retry_seconds,
         )
         self._running: dict[str, asyncio.Task[None]] = {}
+        self._cancelling: set[str] = set()  # not to be started meanwhile
         self._others: set[asyncio.Task[Any]] = set()
         self._queue_moved = asyncio.Event()
         self._imported = asyncio.Event()
@@ -143,7 +145,8 @@ class Jobs:
         return await asyncio.shield(self._spawn(self._cancel(tenant, id)))
 
     def measure(self) -> None:
-        """Measure the imported adapters that are VERIFYING, in the background."""
+        """Measure the imported adapters that are VERIFYING, in the background; then those that are
+        UNMEASURED because generation was away."""
         self._imported.set()
 
     async def watch(self, tenant: str, id: str, after: int) -> AsyncGenerator[Event | None, None]:
@@ -161,6 +164,8 @@ class Jobs:
             # Before the database is read: what happens in between is then not missed.
             news = self._news.setdefault(id, asyncio.Event())
             job, _ = await in_thread(self.store.get, tenant, id)
+            if job.state in ENDED:
+                self._changed(id)  # nothing else would remove `news`
             events = await in_thread(self.store.events, id, after, EVENTS_AT_ONCE)
             for event in events:
                 yield event
@@ -189,8 +194,12 @@ class Jobs:
     def _add(self, job: Job, upload: Path, key: str, upload_hash: str) -> Job:
         folder = self._folder / job.id
         # Moved first: a folder without a job is cleared at the next start, a job without one fails.
-        upload.rename(folder)
+        with space():
+            sync(upload)
+            upload.rename(folder)
         try:
+            with space():
+                sync(self._folder)
             added = self.store.add(job, key, upload_hash, self._max_queued)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
@@ -203,7 +212,7 @@ class Jobs:
         for job in await in_thread(self.store.unended):
             if len(self._running) >= self._max_jobs:
                 return
-            if job.id not in self._running:
+            if job.id not in self._running and job.id not in self._cancelling:
                 task = asyncio.create_task(self._make(job.id))
                 self._running[job.id] = task
                 task.add_done_callback(partial(self._left, job.id))
@@ -253,7 +262,10 @@ class Jobs:
             await asyncio.sleep(FULL_SECONDS)
 
     async def _cancel(self, tenant: str, id: str) -> Job:
-        job, changed = await in_thread(self.store.cancel, tenant, id)
+        try:
+            job, changed = await in_thread(self.store.cancel, tenant, id)
+        except Overloaded:  # not even this fits on the disk: the job's own files make room
+            job, changed = await self._cancel_without_room(tenant, id)
         if not changed:
             return job
         self._changed(id)
@@ -261,12 +273,26 @@ class Jobs:
         await asyncio.wait([stopped], timeout=CANCEL_SECONDS)
         return job
 
+    async def _cancel_without_room(self, tenant: str, id: str) -> tuple[Job, bool]:
+        await in_thread(self.store.get, tenant, id)  # it is this tenant's
+        self._cancelling.add(id)
+        try:
+            await self._stop(id)
+            await in_thread(shutil.rmtree, self._folder / id, True)
+            return await in_thread(self.store.cancel, tenant, id)
+        finally:
+            self._cancelling.discard(id)
+            self._queue_moved.set()
+
     async def _stop_and_clear(self, id: str) -> None:
+        await self._stop(id)
+        await in_thread(self._clear, id)
+
+    async def _stop(self, id: str) -> None:
         task = self._running.get(id)
         if task:
             task.cancel()
             await asyncio.wait([task])
-        await in_thread(self._clear, id)
 
     def _clear(self, id: str) -> None:
         """Remove what a job that has ended leaves: its folder, and an adapter that is not kept."""
@@ -286,14 +312,22 @@ class Jobs:
 
     async def _measure_imported(self) -> None:
         for adapter in await in_thread(self._registry.verifying):
-            if adapter.job:  # measured by its job
-                continue
-            try:
-                await self._maker.measure(adapter)
-            except NotFound:  # deleted meanwhile
-                pass
-            except Exception:  # the others are measured all the same
-                log.exception("adapter %s was not measured", adapter.id)
+            if not adapter.job:  # else it is measured by its job
+                await self._measure(adapter)
+        for adapter in await in_thread(self._registry.unmeasured, AWAY):
+            if await self._measure(adapter) == AWAY:  # so it is for the others
+                return
+
+    async def _measure(self, adapter: Adapter) -> str:
+        """Measure an adapter; return the reason that it has then."""
+        try:
+            measured, _ = await self._maker.measure(adapter)
+            return measured.reason
+        except NotFound:  # deleted meanwhile
+            pass
+        except Exception:  # the others are measured all the same
+            log.exception("adapter %s was not measured", adapter.id)
+        return ""
 
     async def _sweep(self) -> None:
         await in_thread(self._registry.sweep)

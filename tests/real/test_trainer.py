@@ -56,7 +56,8 @@ def job(folder, training_file):
 
 
 def children():
-    return psutil.Process().children(recursive=True)
+    below = psutil.Process().children(recursive=True)
+    return [process for process in below if "services.tuning.training.child" in process.cmdline()]
 
 
 @contextmanager

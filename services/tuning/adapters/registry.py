@@ -191,6 +191,12 @@ class Registry:
         rows = self._rows(state, "verifying")
         return [record.adapter for _, record in rows if self._intact(record)]
 
+    def unmeasured(self, reason: str) -> list[Adapter]:
+        """Return the adapters of all tenants that are UNMEASURED for this reason."""
+        state = "json_extract(adapter, '$.adapter.state') = 'unmeasured'"
+        rows = self._rows(f"{state} AND json_extract(adapter, '$.adapter.reason') = ?", reason)
+        return [record.adapter for _, record in rows if self._intact(record)]
+
     def probes(self, adapter: Adapter) -> list[Probe]:
         """Return what to measure an adapter by."""
         self._record(adapter.tenant, adapter.id)

@@ -130,8 +130,9 @@ class ChildTrainer:
                     failed = news
                 else:
                     yield Progress(**news)
+            await asyncio.to_thread(_exited, process.pid)
+            _kill(process)  # what it started may hold its log open: wait() waits for that as well
             status = await process.wait()
-            _kill(process)  # what it started may hold its log open
             await asyncio.wait([noise], timeout=LOG_SECONDS)
         except (TypeError, ValueError) as error:
             raise TrainingFailed(
@@ -190,6 +191,12 @@ async def _stop(process: Process, noise: "asyncio.Task[None]") -> None:
     noise.cancel()
     with suppress(asyncio.CancelledError):
         await noise
+
+
+def _exited(pid: int) -> None:
+    """Wait until the child has ended, and leave its status to asyncio."""
+    with suppress(ChildProcessError):  # it has that already
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
 
 
 def _kill(process: Process) -> None:
