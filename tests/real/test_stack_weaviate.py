@@ -135,7 +135,8 @@ async def test_retrieval_starts_while_weaviate_is_away_and_works_once_it_is_ther
     key_file.write_text(server.api_key)
     address = f"{server.http_address},{server.grpc_address.rpartition(':')[2]}"
     planned = plan(tmp_path, "weaviate", address, key_file, "", _free_port())
-    _, _, retrieval, _, gateway = planned.children
+    children = {child.name: child for child in planned.children}
+    retrieval, gateway = children["retrieval"], children["gateway"]
     embedding = {"TWOROADS_RETRIEVAL_EMBEDDING": stack.address("embedding")}
     retrieval = replace(retrieval, env={**retrieval.env, **embedding})
     try:
