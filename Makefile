@@ -17,7 +17,7 @@ install: $(INSTALLED) ## Install everything into .venv.
 $(INSTALLED): pyproject.toml $(wildcard protos/tworoads/v1/*.proto)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet uv
-	VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --compile-bytecode -e '.[cpu,dev]'
+	VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --compile-bytecode -e '.[cpu,evaluation,dev]'
 	@touch $@
 
 run: $(INSTALLED) ## Start the stack, ingest the sample handbook, ask a question by two roads.

@@ -30,16 +30,17 @@ from tworoads.v1.tuning_pb2_grpc import (
 from services.prompts.rendering import Renderer
 from services.prompts.words import conversation
 from services.runtime.channel import connect
+from services.runtime.database import Database
 from services.runtime.errors import NotFound, ServiceError
 from services.runtime.server import running
 from services.runtime.settings import ServerSettings
 from services.tuning.adapters.base_model import BaseModel
 from services.tuning.adapters.registry import Registry
 from services.tuning.adapters.verifying import Verifier
-from services.tuning.database import Database
 from services.tuning.job import Options, Progress
 from services.tuning.jobs import Jobs
 from services.tuning.messages import messages_of
+from services.tuning.schema import SCHEMA
 from services.tuning.service import TuningService
 from services.tuning.training.trainer import Trained, TrainingFailed
 from services.tuning.uploads import Uploads
@@ -250,7 +251,7 @@ async def small_tuning(
         )
         searching = RetrievalServiceStub(models_channel)
         verifier = Verifier(GenerationServiceStub(models_channel), patience)
-        with closing(Database(folder / "tuning.db")) as database:
+        with closing(Database(folder / "tuning.db", SCHEMA)) as database:
             registry = Registry(folder, database)
             async with Jobs(
                 folder, database, registry, base, renderer, trainer, verifier, searching, **options

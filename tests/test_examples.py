@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from services.prompts.rendering import Renderer
 from services.prompts.words import conversation, stops
+from services.questions.lines import MOST_FINDINGS, MOST_LINE, MOST_LINES
+from services.questions.normalising import normalised
 from services.runtime.errors import InvalidInput
 from services.tuning.data.examples import (
     Example,
@@ -22,8 +24,6 @@ from services.tuning.data.examples import (
     report,
     trained_lines,
 )
-from services.tuning.data.lines import MOST_FINDINGS, MOST_LINE, MOST_LINES
-from services.tuning.data.normalising import normalised
 from services.tuning.data.secret_like import looks_like
 from tests.tiny_tokenizer import TinyTokenizer
 

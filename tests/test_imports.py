@@ -18,14 +18,15 @@ from tworoads.v1.tuning_pb2_grpc import (
 
 from services.runtime.call import TENANT
 from services.runtime.channel import connect
+from services.runtime.database import Database
 from services.runtime.errors import error_info
 from services.runtime.server import running
 from services.runtime.settings import ServerSettings
 from services.tuning.adapters import imports
 from services.tuning.adapters.imports import AT_ONCE, receive
 from services.tuning.adapters.registry import Registry
-from services.tuning.database import Database
 from services.tuning.messages import adapter_message
+from services.tuning.schema import SCHEMA
 from tests.small_adapter import HIDDEN, MAX_RANK, RANK, small_base, tensors, write_adapter
 
 NAME = tuning_pb2.DESCRIPTOR.services_by_name["TuningService"].full_name
@@ -43,7 +44,7 @@ class Importing(TuningServiceServicer):
         self.folder = folder / "data"
         self.folder.mkdir()
         self.base = small_base(folder / "model")
-        self.registry = Registry(self.folder, Database(self.folder / "tuning.db"))
+        self.registry = Registry(self.folder, Database(self.folder / "tuning.db", SCHEMA))
         self.ended = asyncio.Event()
 
     async def ImportAdapter(self, request_iterator, context):

@@ -14,8 +14,8 @@ from tworoads.v1 import tuning_pb2 as pb
 from tworoads.v1.tuning_pb2_grpc import TuningServiceStub
 
 from services.runtime.errors import Overloaded, Unavailable, error_info
+from services.runtime.owner import owned
 from services.tuning import making
-from services.tuning.owner import owned
 from services.tuning.store import PROGRESS_KEPT
 from services.tuning.training.trainer import TrainingFailed
 from tests.small_tuning import (
@@ -526,7 +526,7 @@ async def test_what_a_crash_left_of_jobs_is_cleared_at_the_start(tmp_path: Path)
 
 async def test_the_folder_has_one_owner_and_the_next_one_when_that_is_gone(tmp_path: Path) -> None:
     with owned(tmp_path / "data"):
-        with pytest.raises(OSError, match="another tuning service uses"):
+        with pytest.raises(OSError, match="another process uses"):
             with owned(tmp_path / "data"):
                 pass
     with owned(tmp_path / "data"):

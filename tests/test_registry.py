@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from services.runtime.database import Database
 from services.runtime.errors import (
     Conflict,
     InvalidInput,
@@ -23,8 +24,8 @@ from services.runtime.errors import (
 )
 from services.tuning.adapters.registry import DAY, Registry, etag
 from services.tuning.adapters.verifying import Measured
-from services.tuning.database import Database
 from services.tuning.job import Adapter, Fidelity, Speed
+from services.tuning.schema import SCHEMA
 from tests.small_adapter import manifest, probes, small_base, tensors, write_adapter
 
 FIDELITY = Fidelity(16, 32, 0.5, 0.9, 0.1, 0.7)
@@ -43,7 +44,7 @@ class Kept:
         self.open()
 
     def open(self) -> None:
-        self.database = Database(self.folder / "tuning.db")
+        self.database = Database(self.folder / "tuning.db", SCHEMA)
         self.registry = Registry(self.folder, self.database, lambda: self.now)
 
     def restart(self) -> None:

@@ -17,15 +17,16 @@ from services.prompts.rendering import PromptTooLong, Renderer
 from services.prompts.words import DEFAULT_VERSION
 from services.runtime.channel import connect
 from services.runtime.checkpoint import Unfit
+from services.runtime.database import Database
+from services.runtime.owner import owned
 from services.runtime.processor import this_processor
 from services.runtime.server import run, running
 from services.tuning.adapters import base_model
 from services.tuning.adapters.registry import Registry
 from services.tuning.adapters.verifying import Verifier
 from services.tuning.data.examples import Examples
-from services.tuning.database import Database
 from services.tuning.jobs import Jobs
-from services.tuning.owner import owned
+from services.tuning.schema import SCHEMA
 from services.tuning.service import TuningService
 from services.tuning.settings import Settings
 from services.tuning.training.trainer import ChildTrainer
@@ -67,7 +68,10 @@ async def main(settings: Settings) -> None:
         connect(settings.generation, generation) as generation_channel,
         connect(settings.retrieval, retrieval) as retrieval_channel,
     ):
-        with owned(settings.folder) as folder, closing(Database(folder / "tuning.db")) as database:
+        with (
+            owned(settings.folder) as folder,
+            closing(Database(folder / "tuning.db", SCHEMA)) as database,
+        ):
             try:
                 base = await asyncio.to_thread(
                     base_model.load, settings.model, settings.name, settings.context_length

@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from services.prompts.words import Message
+from services.questions.overlap import Overlap
+from services.runtime.disk import File
 
 Context = Literal["none", "retrieved", "mixed", "unknown"]  # unknown: of an imported adapter
 State = Literal[
@@ -37,17 +39,6 @@ class Options:
     seed: int = 0
     quantized: bool = False
     held_out_share: float | None = None
-
-
-@dataclass(frozen=True)
-class Overlap:
-    """What a question set shares with the examples, as in the message of this name."""
-
-    questions: int
-    exact: int
-    near: int
-    shared_document: int
-    lines: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -105,15 +96,6 @@ class Job:
     created: float = 0.0
     started: float = 0.0
     ended: float = 0.0
-
-
-@dataclass(frozen=True)
-class File:
-    """One file of an adapter: bytes, and SHA-256 in lower-case hex."""
-
-    name: str
-    size: int
-    sha256: str
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ from tworoads.v1.retrieval_pb2_grpc import RetrievalServiceStub
 
 from services.prompts.rendering import Renderer
 from services.runtime.call import Call, current
+from services.runtime.database import Database
+from services.runtime.disk import FULL, space, sync
 from services.runtime.errors import (
     STOPPING,
     InvalidInput,
@@ -22,14 +24,12 @@ from services.runtime.errors import (
     ServiceError,
     Stopping,
 )
+from services.runtime.threads import in_thread
 from services.tuning.adapters.base_model import BaseModel
 from services.tuning.adapters.registry import Registry
-from services.tuning.database import Database
-from services.tuning.disk import FULL, space, sync
 from services.tuning.job import ENDED, Adapter, Job
 from services.tuning.making import Maker, Trainer, Verifier
 from services.tuning.store import Ended, Event, JobStore, queue_full
-from services.tuning.threads import in_thread
 from services.tuning.training.trainer import TrainingFailed
 
 HEARTBEAT_SECONDS = 15.0

@@ -18,6 +18,7 @@ from tworoads.v1.retrieval_pb2_grpc import RetrievalServiceStub
 
 from services.prompts.rendering import Renderer
 from services.runtime.errors import NotReady, Overloaded, TooLate, Unavailable
+from services.runtime.threads import in_thread
 from services.tuning.adapters import files as adapter_files
 from services.tuning.adapters.base_model import BaseModel
 from services.tuning.adapters.registry import Registry
@@ -26,7 +27,6 @@ from services.tuning.data import examples
 from services.tuning.data.preparing import prepare
 from services.tuning.job import Adapter, Job, Manifest, Options, Probe, Progress, TokenScore
 from services.tuning.store import JobStore
-from services.tuning.threads import in_thread
 from services.tuning.training.trainer import Trained, TrainingFailed
 
 MOST_RESTARTS = 2

@@ -12,6 +12,7 @@ from tworoads.v1 import tuning_pb2 as pb
 from tworoads.v1 import tuning_pb2_grpc as pb_grpc
 
 from services.runtime.call import tenant
+from services.runtime.threads import in_thread
 from services.tuning import checks
 from services.tuning.adapters import imports
 from services.tuning.adapters.base_model import BaseModel
@@ -20,7 +21,6 @@ from services.tuning.job import Job
 from services.tuning.jobs import Jobs
 from services.tuning.messages import adapter_message, job_message, progress_message, timestamp
 from services.tuning.store import Event
-from services.tuning.threads import in_thread
 from services.tuning.uploads import Uploads
 
 

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter
 
+from services.runtime.database import Database
 from services.runtime.errors import AlreadyExists, NotFound, NotReady, Overloaded
-from services.tuning.database import Database
 from services.tuning.job import ENDED, Job, Progress
 
 PROGRESS_KEPT = 1000  # events back from the newest: older progress of a job is forgotten

@@ -18,9 +18,11 @@ from tworoads.v1.retrieval_pb2_grpc import RetrievalServiceStub
 
 from services.prompts.rendering import Renderer
 from services.prompts.words import DEFAULT_VERSION
+from services.runtime import disk
 from services.runtime.call import tenant
 from services.runtime.errors import InvalidInput, Overloaded
-from services.tuning import checks, disk
+from services.runtime.threads import in_thread
+from services.tuning import checks
 from services.tuning.adapters.base_model import BaseModel
 from services.tuning.data import examples
 from services.tuning.data.examples import Examples, Finding, Questions
@@ -28,7 +30,6 @@ from services.tuning.data.preparing import check_references
 from services.tuning.job import Job
 from services.tuning.jobs import Jobs
 from services.tuning.messages import finding_message, job_message
-from services.tuning.threads import in_thread
 
 MEBIBYTE = 1024 * 1024
 MOST_CHUNK = MEBIBYTE

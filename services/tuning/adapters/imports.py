@@ -14,17 +14,17 @@ from typing import Any, Literal
 from tworoads.v1 import tuning_pb2 as pb
 
 from services.prompts.words import VERSIONS
+from services.questions import fields
+from services.questions.lines import CheckedFile, Finding
+from services.runtime import disk
 from services.runtime.call import tenant
 from services.runtime.errors import InvalidInput, NotReady, Overloaded
-from services.tuning import disk
+from services.runtime.threads import in_thread
 from services.tuning.adapters import files as adapter_files
 from services.tuning.adapters.base_model import BaseModel
 from services.tuning.adapters.registry import EXAMPLES, Registry, check_name
-from services.tuning.data import fields
-from services.tuning.data.lines import CheckedFile, Finding
 from services.tuning.job import Adapter, Manifest, Options
 from services.tuning.messages import context_of, probe_of
-from services.tuning.threads import in_thread
 
 MEBIBYTE = 1024 * 1024
 MOST_CHUNK = MEBIBYTE

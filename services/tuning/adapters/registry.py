@@ -24,12 +24,13 @@ from typing import Literal
 
 from pydantic import TypeAdapter
 
+from services.runtime import disk
+from services.runtime.database import Database
+from services.runtime.disk import File
 from services.runtime.errors import Conflict, InvalidInput, NotFound, NotReady
-from services.tuning import disk
 from services.tuning.adapters import files as adapter_files
 from services.tuning.adapters.verifying import LEAST_PROBES, Measured, measurable
-from services.tuning.database import Database
-from services.tuning.job import Adapter, File, Manifest, Probe
+from services.tuning.job import Adapter, Manifest, Probe
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 SHORT = 12  # digits of the hash in an adapter's id

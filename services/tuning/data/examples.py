@@ -8,12 +8,12 @@ from typing import Any
 
 from services.prompts.rendering import PromptTooLong, Renderer
 from services.prompts.words import conversation, stops
+from services.questions import fields
+from services.questions.fields import Example
+from services.questions.lines import BadLine, CheckedFile, Finding, Lines
+from services.questions.normalising import digest, spaced
+from services.questions.overlap import Questions
 from services.runtime.errors import InvalidInput
-from services.tuning.data import fields
-from services.tuning.data.fields import Example
-from services.tuning.data.lines import BadLine, CheckedFile, Finding, Lines
-from services.tuning.data.normalising import digest, spaced
-from services.tuning.data.overlap import Questions
 from services.tuning.data.secret_like import looks_like
 from services.tuning.data.splitting import held_out
 from services.tuning.job import DataReport

@@ -15,13 +15,13 @@ from tworoads.v1.retrieval_pb2_grpc import RetrievalServiceStub
 
 from services.prompts.rendering import Renderer
 from services.prompts.words import Shown, conversation
+from services.questions.lines import Findings
+from services.runtime.disk import space, sync
 from services.runtime.errors import InvalidInput, NotFound
+from services.runtime.threads import in_thread
 from services.tuning.data.examples import Example, Finding
-from services.tuning.data.lines import Findings
 from services.tuning.data.retrieval import Retrieval, all_of
-from services.tuning.disk import space, sync
 from services.tuning.job import Context, Options, Probe
-from services.tuning.threads import in_thread
 
 PASSAGES = 3  # as many as an answer is shown unless it asks for more
 MOST_QUERY = 8192  # code points

@@ -6,8 +6,8 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from itertools import chain
 
-from services.tuning.data.fields import Example
-from services.tuning.data.normalising import digest
+from services.questions.fields import Example
+from services.questions.normalising import digest
 
 TRIES = 16
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from services.tuning import disk
+from services.runtime import disk
 from services.tuning.training.trainer import TrainingFailed
 
 SEAL = "whole.json"  # a checkpoint's last file: the sizes of the others

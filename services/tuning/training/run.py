@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallback
 from trl.trainer.sft_config import SFTConfig
 
+from services.runtime import disk
 from services.runtime.processor import this_processor
-from services.tuning import disk
 from services.tuning.job import Options
 from services.tuning.training.batches import Tokens, batch_tokens, batches, read, sample, schedule
 from services.tuning.training.checkpoints import newest, saving, write_json

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from services.tuning import disk
+from services.runtime import disk
 from services.tuning.job import Options, Progress
 
 LOG_TAIL_BYTES = 16 * 1024

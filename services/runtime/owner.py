@@ -1,4 +1,4 @@
-"""One process owns the data folder: two queues would make every job twice."""
+"""One process owns a data folder: two queues would do everything twice."""
 
 import fcntl
 from collections.abc import Iterator
@@ -17,5 +17,5 @@ def owned(folder: Path) -> Iterator[Path]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise OSError(f"another tuning service uses {folder}") from None
+            raise OSError(f"another process uses {folder}") from None
         yield folder

@@ -1,4 +1,4 @@
-"""What survives a restart besides files: one SQLite database for jobs, events and adapters."""
+"""What survives a restart besides files: one SQLite database of a service."""
 
 import sqlite3
 import threading
@@ -9,42 +9,16 @@ from pathlib import Path
 from services.runtime.errors import Overloaded
 
 VERSION = 1
-SCHEMA = """
-CREATE TABLE jobs (
-    number INTEGER PRIMARY KEY AUTOINCREMENT,
-    id TEXT NOT NULL UNIQUE,
-    tenant TEXT NOT NULL,
-    state TEXT NOT NULL,
-    idempotency_key TEXT NOT NULL,
-    upload_hash TEXT NOT NULL,
-    job TEXT NOT NULL
-);
-CREATE UNIQUE INDEX keys ON jobs (tenant, idempotency_key) WHERE idempotency_key != '';
-CREATE TABLE events (
-    job TEXT NOT NULL REFERENCES jobs (id),
-    sequence INTEGER NOT NULL,
-    time REAL NOT NULL,
-    kind TEXT NOT NULL,
-    value TEXT NOT NULL,
-    PRIMARY KEY (job, sequence)
-) WITHOUT ROWID;
-CREATE TABLE adapters (
-    number INTEGER PRIMARY KEY AUTOINCREMENT,
-    tenant TEXT NOT NULL,
-    id TEXT NOT NULL,
-    name TEXT NOT NULL,
-    deleted REAL NOT NULL DEFAULT 0,
-    adapter TEXT NOT NULL,
-    UNIQUE (tenant, id)
-);
-"""
 
 
 class Database:
     """One connection that all threads share, a transaction at a time."""
 
-    def __init__(self, path: Path) -> None:
-        """Open the database, or make it. Raises ValueError if a newer version of it is there."""
+    def __init__(self, path: Path, schema: str) -> None:
+        """Open the database, or make it by the SQL of `schema`.
+
+        Raises ValueError if a newer version of it is there.
+        """
         self._lock = threading.Lock()
         self._connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
         self._connection.row_factory = sqlite3.Row
@@ -54,7 +28,7 @@ class Database:
         if found > VERSION:
             raise ValueError(f"{path} was written by a newer version of this service")
         if found < VERSION:
-            self._connection.executescript(f"BEGIN; {SCHEMA} PRAGMA user_version = 1; COMMIT;")
+            self._connection.executescript(f"BEGIN; {schema} PRAGMA user_version = 1; COMMIT;")
 
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:

@@ -3,19 +3,30 @@
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from services.questions import fields
+from services.questions.fields import Example, Question
+from services.questions.lines import CheckedFile, Finding
+from services.questions.normalising import normalised
 from services.runtime.errors import InvalidInput
-from services.tuning.data import fields
-from services.tuning.data.fields import Example, Question
-from services.tuning.data.lines import CheckedFile, Finding
-from services.tuning.data.normalising import normalised
-from services.tuning.job import Overlap
 
 MOST_TEXT = 64 * 1024 * 1024  # code points of all questions
 MOST_NAMED = 1000
 NEAR = 0.8  # Jaccard similarity of the sets of words
 MOST_COMPARED = 200  # examples that one question is compared with, so that no set takes hours
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """What a question set shares with the examples, as in the message of this name."""
+
+    questions: int
+    exact: int
+    near: int
+    shared_document: int
+    lines: tuple[int, ...]
 
 
 class Questions(CheckedFile):
@@ -40,7 +51,7 @@ class Questions(CheckedFile):
 
     def overlap(self, examples: Sequence[Example]) -> Overlap:
         """Return what the questions share with the examples. Blocks: not for the event loop."""
-        trained = _Trained(examples)
+        trained = Trained(examples)
         found = [(question.line, trained.shares(question)) for question in self._questions]
         counts = Counter(how for _, how in found)
         lines = [line for line, how in found if how]
@@ -53,7 +64,7 @@ class Questions(CheckedFile):
         )
 
 
-class _Trained:
+class Trained:
     """Finds what a question shares with examples.
 
     Words are numbered by rarity. Two sets with a Jaccard similarity of at least t have one of

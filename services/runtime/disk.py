@@ -5,13 +5,22 @@ import hashlib
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from services.runtime.errors import Overloaded
-from services.tuning.job import File
 
 BLOCK = 1024 * 1024
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@dataclass(frozen=True)
+class File:
+    """One file of an adapter: bytes, and SHA-256 in lower-case hex."""
+
+    name: str
+    size: int
+    sha256: str
 
 
 @contextmanager

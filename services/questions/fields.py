@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from services.tuning.data.lines import BadLine
+from services.questions.lines import BadLine
 
 CORPUS = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 MOST_QUESTION = 8192  # code points: a longer one cannot be asked
