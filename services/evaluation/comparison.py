@@ -7,7 +7,22 @@ PathName = Literal["base", "rag", "tuned", "hybrid"]
 ScorerName = Literal["exact_match", "token_f1", "contains", "label", "json", "regex", "numeric"]
 State = Literal["queued", "running", "finished", "failed", "cancelled"]
 Phase = Literal["answers", "oracle", "staleness", "analysis"]
+# Files in the folder of a comparison.
+QUESTIONS = "questions.jsonl"
+CHANGED = "changed"  # folder: N.document is a PutDocumentsDocument, N.content what follows it
+ANSWERS = "answers.jsonl"  # a ComparisonAnswer as protobuf JSON a line
+OUTCOME = "outcome.json"
+REPORT = "report"  # .html, .md, .json
 ENDED: frozenset[State] = frozenset(("finished", "failed", "cancelled"))
+
+
+class ComparisonFailed(Exception):
+    """The comparison ends without a verdict."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.message = message
 
 
 @dataclass(frozen=True)
@@ -72,6 +87,17 @@ class Plan:
     margin: float = 0.05
     seed: int = 0
 
+    def oracles(self) -> dict[str, str]:
+        """Return, by candidate, the candidate under whose id the answers with the relevant
+        documents are kept: one for each adapter and one for none, rather one that searches. Empty
+        if there is no corpus."""
+        if not (self.corpus or any(candidate.corpus for candidate in self.candidates)):
+            return {}
+        first: dict[str, str] = {}
+        for candidate in sorted(self.candidates, key=lambda candidate: not candidate.searches):
+            first.setdefault(candidate.adapter, candidate.id)
+        return {candidate.id: first[candidate.adapter] for candidate in self.candidates}
+
 
 @dataclass(frozen=True)
 class CandidateProgress:
@@ -135,13 +161,23 @@ class Question:
 
 
 @dataclass(frozen=True, slots=True)
+class Quote:
+    """What a citation quotes: the span `start` to `end` of the answer, and the document's words."""
+
+    start: int
+    end: int
+    document: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
     """What one candidate answered to one question, as far as it is analysed; the whole of it is a
     ComparisonAnswer, a line of answers.jsonl.
 
-    `documents` are those of the passages that it was shown, best first. `sentences` counts those
-    of the answer that were checked, `supported` those that a passage supports. `error` is empty
-    unless it failed; then there are no scores. `time` is when it was sent.
+    `documents` are those of the passages that it was shown, best first. `quotes` has one entry for
+    each sentence that a passage supports, `unsupported` counts the others. `error` is empty unless
+    it failed; then there are no scores. `time` is when it was sent, in seconds since 1970.
     """
 
     sequence: int
@@ -152,8 +188,8 @@ class Answer:
     total_ms: float
     text: str = ""
     documents: tuple[str, ...] = ()
-    supported: int = 0
-    sentences: int = 0
+    quotes: tuple[Quote, ...] = ()
+    unsupported: int = 0
     input_tokens: int = 0
     output_tokens: int = 0
     first_text_ms: float | None = None
