@@ -69,7 +69,7 @@ class FakeEmbedding(EmbeddingServiceServicer):
         if self.meeting:
             await self.meeting.wait()
         self.embedded += request.texts
-        vectors = [embedding_pb2.Vector(values=_vector(text)) for text in request.texts]
+        vectors = [embedding_pb2.Vector(values=vector(text)) for text in request.texts]
         return embedding_pb2.EmbedResponse(vectors=vectors, model_hash=self.hash)
 
     async def GetModel(self, request, context):
@@ -221,7 +221,7 @@ async def small_stack(
         )
 
 
-def _vector(text: str) -> list[float]:
+def vector(text: str) -> list[float]:
     counts = np.zeros(DIMENSION, np.float32)
     for word in text.lower().split():
         counts[zlib.crc32(word.strip(".,?!").encode()) % DIMENSION] += 1

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from tworoads.v1 import answer_pb2 as pb
 from tworoads.v1 import generation_pb2
+from tworoads.v1.embedding_pb2_grpc import EmbeddingServiceStub
 from tworoads.v1.generation_pb2_grpc import GenerationServiceStub
 from tworoads.v1.retrieval_pb2_grpc import RetrievalServiceStub
 
@@ -24,7 +25,14 @@ from services.prompts.words import (
     stops,
 )
 from services.runtime.call import current, outgoing
-from services.runtime.errors import Overloaded, ServiceError, TooLate, Unavailable, downstream
+from services.runtime.errors import (
+    NotReady,
+    Overloaded,
+    ServiceError,
+    TooLate,
+    Unavailable,
+    downstream,
+)
 
 ROLES = {
     "system": generation_pb2.ROLE_SYSTEM,
@@ -45,6 +53,7 @@ class Answering:
 
     request: pb.AnswerRequest
     retrieval: RetrievalServiceStub
+    embedding: EmbeddingServiceStub
     generation: GenerationServiceStub
     adapters: Adapters
     model: str
@@ -83,7 +92,7 @@ class Answering:
 
     async def _prepared(self) -> tuple[Route, Evidence | None]:
         """Choose the route and search; look its adapter up at the same time."""
-        route = await route_of(self.request, self.retrieval)
+        route = await route_of(self.request, self.retrieval, self.embedding)
         if not route.asked:
             evidence = await self._evidence(route)
         else:
@@ -95,6 +104,8 @@ class Answering:
                 evidence = await self._evidence(route)
         if route.searches and evidence is None:
             route = route.without_documents()
+        if evidence and evidence.embedder_gone and route.follows_policy:
+            route = closed("another embedding model runs now", "index")
         return route, evidence
 
     async def _closed(self, why: str, evidence: Evidence | None) -> tuple[Route, Evidence | None]:
@@ -110,6 +121,10 @@ class Answering:
         query = await self._query()
         try:
             return await search(self.retrieval, self.request, query)
+        except NotReady as error:
+            if error.reason != "EMBEDDER_MISMATCH" or route.reason == "ASKED":
+                raise
+            return await search(self.retrieval, self.request, query, embedder_gone=True)
         except (Unavailable, Overloaded, TooLate):
             if not self.request.options.allow_degraded:
                 raise

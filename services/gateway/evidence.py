@@ -6,7 +6,13 @@ from itertools import zip_longest
 
 from tworoads.v1 import answer_pb2 as pb
 from tworoads.v1 import retrieval_pb2
-from tworoads.v1.retrieval_pb2 import SEARCH_MODE_HYBRID, Filter, Passage, SearchMode
+from tworoads.v1.retrieval_pb2 import (
+    SEARCH_MODE_HYBRID,
+    SEARCH_MODE_TEXT,
+    Filter,
+    Passage,
+    SearchMode,
+)
 from tworoads.v1.retrieval_pb2_grpc import RetrievalServiceStub
 
 from services.gateway.checks import DEFAULT_PASSAGES, MOST_QUESTION
@@ -26,6 +32,7 @@ class Evidence:
     embed_ms: float = 0.0
     search_ms: float = 0.0
     degraded: list[str] = field(default_factory=list)
+    embedder_gone: bool = False
 
 
 def query_of(request: pb.AnswerRequest) -> str:
@@ -36,9 +43,13 @@ def query_of(request: pb.AnswerRequest) -> str:
 
 
 async def search(
-    retrieval: RetrievalServiceStub, request: pb.AnswerRequest, query: str
+    retrieval: RetrievalServiceStub,
+    request: pb.AnswerRequest,
+    query: str,
+    embedder_gone: bool = False,
 ) -> Evidence:
     """Return the passages for `query`: of the pinned documents first, then what the search finds.
+    With `embedder_gone` by words alone, for the corpus's vectors cannot be searched any more.
 
     Raises what retrieval raises, Unavailable (RETRIEVAL_UNAVAILABLE) when it is away, NotFound
     (DOCUMENT_NOT_FOUND) for a pinned document that does not exist.
@@ -46,14 +57,14 @@ async def search(
     options = request.options
     pinned = list(dict.fromkeys(options.pinned_documents))
     limit = max(options.limit or DEFAULT_PASSAGES, len(pinned))
+    mode = SEARCH_MODE_TEXT if embedder_gone else options.search_mode
+    mode_of_pinned = SEARCH_MODE_TEXT if embedder_gone else SEARCH_MODE_HYBRID
     with downstream("retrieval"):
         found, *of_pinned = await asyncio.gather(
-            _search(retrieval, request, query, options.search_mode, limit, options.filter),
+            _search(retrieval, request, query, mode, limit, options.filter),
             *(
                 # By vector too: a pinned document is shown even if it has no word of the question.
-                _search(
-                    retrieval, request, query, SEARCH_MODE_HYBRID, limit, Filter(document_ids=[id])
-                )
+                _search(retrieval, request, query, mode_of_pinned, limit, Filter(document_ids=[id]))
                 for id in pinned
             ),
         )
@@ -73,7 +84,8 @@ async def search(
         found.corpus_version,
         found.embed_ms,
         found.search_ms,
-        list(found.degraded),
+        ["VECTOR_SEARCH"] if embedder_gone else list(found.degraded),
+        embedder_gone,
     )
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 from tworoads.v1 import answer_pb2 as pb
 from tworoads.v1 import retrieval_pb2
+from tworoads.v1.embedding_pb2_grpc import EmbeddingServiceStub
 from tworoads.v1.retrieval_pb2 import (
     PATH_AUTO,
     PATH_BASE,
@@ -12,11 +13,13 @@ from tworoads.v1.retrieval_pb2 import (
     PATH_TUNED,
     PATH_UNSPECIFIED,
     Path,
+    Policy,
 )
 from tworoads.v1.retrieval_pb2_grpc import RetrievalServiceStub
 from tworoads.v1.tuning_pb2 import TRAINING_CONTEXT_NONE, TRAINING_CONTEXT_RETRIEVED
 
 from services.gateway.adapters import Adapter, Adapters
+from services.gateway.question_types import type_of
 from services.runtime.call import outgoing
 from services.runtime.errors import InvalidInput, NotFound, NotReady, Unavailable, downstream
 
@@ -62,7 +65,11 @@ class Route:
     @property
     def may_close(self) -> bool:
         """Whether it gives way to a search if generation refuses its adapter."""
-        return self.reason == "POLICY" and self.adapter is not None
+        return self.follows_policy and self.adapter is not None
+
+    @property
+    def follows_policy(self) -> bool:
+        return self.reason in ("POLICY", "POLICY_TYPE")
 
     @property
     def warning(self) -> tuple[str, str] | None:
@@ -85,7 +92,9 @@ class Route:
         )
 
 
-async def route_of(request: pb.AnswerRequest, retrieval: RetrievalServiceStub) -> Route:
+async def route_of(
+    request: pb.AnswerRequest, retrieval: RetrievalServiceStub, embedding: EmbeddingServiceStub
+) -> Route:
     """Return the path that was asked for, or the one that the corpus's policy names.
 
     Raises what retrieval raises for a corpus that does not exist.
@@ -103,11 +112,40 @@ async def route_of(request: pb.AnswerRequest, retrieval: RetrievalServiceStub) -
     except NotFound as error:
         if error.reason != "POLICY_NOT_FOUND":
             raise
-        return Route(PATH_RAG, "NO_POLICY", "the corpus has no policy yet, so it is searched")
+        return await _without_policy(request.corpus, retrieval)
     except Unavailable:
         return Route(PATH_RAG, "NO_POLICY", "the corpus's policy cannot be read")
-    policy = response.policy
-    return Route(policy.path, "POLICY", "the corpus's policy names this path", policy.adapter)
+    return await _by_policy(response.policy, request.question, embedding)
+
+
+async def _without_policy(corpus: str, retrieval: RetrievalServiceStub) -> Route:
+    """Return the route to search a corpus, or to answer without if there is nothing in it."""
+    try:
+        with downstream("retrieval"):
+            response = await retrieval.GetCorpus(
+                retrieval_pb2.GetCorpusRequest(name=corpus), **outgoing()
+            )
+    except Unavailable:
+        return Route(PATH_RAG, "NO_POLICY", "the corpus has no policy yet, so it is searched")
+    if response.corpus.documents:
+        return Route(PATH_RAG, "NO_POLICY", "the corpus has no policy yet, so it is searched")
+    return Route(PATH_BASE, "CORPUS_EMPTY", "the corpus has no policy and no documents yet")
+
+
+async def _by_policy(policy: Policy, question: str, embedding: EmbeddingServiceStub) -> Route:
+    proof = f" (comparison {policy.comparison})" if policy.comparison else ""
+    explanation = f"the corpus's policy names this path{proof}"
+    if not policy.types:
+        return Route(policy.path, "POLICY", explanation, policy.adapter)
+    type = await type_of(embedding, policy.router, question)
+    if type is None:
+        explanation += "; the type of the question cannot be told now"
+        return Route(policy.path, "POLICY", explanation, policy.adapter)
+    for own in policy.types:
+        if own.type == type:
+            explanation = f"the corpus's policy names this path for questions like {type}{proof}"
+            return Route(own.path, "POLICY_TYPE", explanation, own.adapter)
+    return Route(policy.path, "POLICY", f"{explanation} for questions like {type}", policy.adapter)
 
 
 async def with_adapter(route: Route, adapters: Adapters) -> Route:
@@ -116,19 +154,20 @@ async def with_adapter(route: Route, adapters: Adapters) -> Route:
     try:
         adapter = await adapters.resolve(route.asked)
     except (NotFound, InvalidInput, NotReady, Unavailable) as error:
-        if route.reason == "POLICY":
+        if route.follows_policy:
             return closed(str(error))
         raise
     except RuntimeError:
-        if route.reason == "POLICY":
+        if route.follows_policy:
             return closed("the tuning service, which knows it, failed")
         raise
-    if route.reason == "POLICY" and not adapter.served:
+    if route.follows_policy and not adapter.served:
         return closed("it is still being measured, or it was found unfaithful and not accepted")
     return replace(route, adapter=adapter)
 
 
-def closed(why: str) -> Route:
-    """Return the route of a policy whose adapter cannot be used."""
-    explanation = f"the adapter that the corpus's policy names cannot be used: {why}"
+def closed(why: str, what: str = "adapter") -> Route:
+    """Return the route of a policy that cannot be followed: its adapter cannot be used, or the
+    vectors of its corpus cannot."""
+    explanation = f"the {what} that the corpus's policy rests on cannot be used: {why}"
     return Route(PATH_RAG, "POLICY_CLOSED", explanation)

@@ -57,7 +57,12 @@ class AnswerService(pb_grpc.AnswerServiceServicer):
     ) -> AsyncIterator[pb.AnswerResponse]:
         check(request)
         answering = Answering(
-            request, self._retrieval, self._generation, self._adapters, await self._name()
+            request,
+            self._retrieval,
+            self._embedding,
+            self._generation,
+            self._adapters,
+            await self._name(),
         )
         async for event in answering.events():
             yield event

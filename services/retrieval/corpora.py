@@ -30,8 +30,18 @@ class Corpus:
 
 
 @dataclass(frozen=True)
+class TypePath:
+    """The path that AUTO takes for one type of question."""
+
+    type: str
+    path: int
+    adapter: str
+
+
+@dataclass(frozen=True)
 class Policy:
-    """The path that AUTO takes for a corpus. `path` is a number of the enum Path."""
+    """The path that AUTO takes for a corpus. `path` is a number of the enum Path, `router` a Router
+    message in base64, which nobody here looks into; empty without `types`."""
 
     corpus: str
     path: int
@@ -40,6 +50,8 @@ class Policy:
     author: str
     updated: datetime
     etag: str = ""
+    types: tuple[TypePath, ...] = ()
+    router: str = ""
 
 
 class Corpora:
@@ -148,4 +160,5 @@ def _corpus(record: str) -> Corpus:
 def _policy(record: str) -> Policy:
     fields = json.loads(record)
     fields["updated"] = datetime.fromisoformat(fields["updated"])
+    fields["types"] = tuple(TypePath(**type) for type in fields.get("types", ()))
     return Policy(**fields)

@@ -7,7 +7,7 @@ from tworoads.v1 import retrieval_pb2 as pb
 from tworoads.v1.embedding_pb2 import EmbeddingModel
 
 from services.retrieval import checks
-from services.retrieval.corpora import Corpus, Policy
+from services.retrieval.corpora import Corpus
 from services.retrieval.ingest import Progress, Result
 from services.retrieval.stores.store import Document, Hit, MetadataValue
 
@@ -90,18 +90,6 @@ def passage_of(hit: Hit) -> pb.Passage:
         heading_path=passage.heading_path,
         score=hit.score,
         document_version=passage.document_version,
-    )
-
-
-def policy_of(policy: Policy) -> pb.Policy:
-    return pb.Policy(
-        corpus=policy.corpus,
-        path=pb.Path.ValueType(policy.path),
-        adapter=policy.adapter,
-        comparison=policy.comparison,
-        author=policy.author,
-        update_time=_timestamp(policy.updated),
-        etag=policy.etag,
     )
 
 

@@ -3,15 +3,14 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import suppress
-from datetime import datetime
 from weakref import WeakValueDictionary
 
 import grpc
 from tworoads.v1 import retrieval_pb2 as pb
 from tworoads.v1 import retrieval_pb2_grpc as pb_grpc
 
-from services.retrieval import checks
-from services.retrieval.corpora import Corpora, Corpus, Policy
+from services.retrieval import checks, policies
+from services.retrieval.corpora import Corpora, Corpus
 from services.retrieval.embedder import Embedder
 from services.retrieval.ingest import Incoming, Ingest, Room
 from services.retrieval.messages import (
@@ -19,7 +18,6 @@ from services.retrieval.messages import (
     document_of,
     next_token,
     passage_of,
-    policy_of,
     progress_of,
     result_of,
 )
@@ -33,9 +31,6 @@ MOST_CHUNK = 1024 * 1024
 MOST_TEXT = 500_000
 MOST_IDS = 1000
 PROGRESS_SECONDS = 1.0
-
-WITH_ADAPTER = (pb.PATH_TUNED, pb.PATH_HYBRID)
-WITHOUT_ADAPTER = (pb.PATH_BASE, pb.PATH_RAG)
 
 
 class RetrievalService(pb_grpc.RetrievalServiceServicer):
@@ -193,39 +188,26 @@ class RetrievalService(pb_grpc.RetrievalServiceServicer):
         self, request: pb.GetPolicyRequest, context: grpc.aio.ServicerContext
     ) -> pb.GetPolicyResponse:
         policy = await self._corpora.get_policy(CorpusKey(tenant(), request.corpus))
-        return pb.GetPolicyResponse(policy=policy_of(policy))
+        return pb.GetPolicyResponse(policy=policies.message_of(policy))
 
     async def SetPolicy(
         self, request: pb.SetPolicyRequest, context: grpc.aio.ServicerContext
     ) -> pb.SetPolicyResponse:
-        if request.path not in (*WITH_ADAPTER, *WITHOUT_ADAPTER):
-            raise InvalidInput("PATH_INVALID", "a policy names BASE, RAG, TUNED or HYBRID")
-        if bool(request.adapter) != (request.path in WITH_ADAPTER):
-            raise InvalidInput(
-                "ADAPTER_INVALID", "TUNED and HYBRID need an adapter, the other paths take none"
-            )
-        policy = Policy(
-            corpus=request.corpus,
-            path=request.path,
-            adapter=request.adapter,
-            comparison=request.comparison,
-            author=tenant(),
-            updated=datetime.min,
-        )
+        policy = policies.checked(request, tenant())
         key = CorpusKey(tenant(), request.corpus)
         async with self._lock(key):
             policy = await self._corpora.set_policy(key, policy, request.etag)
-        return pb.SetPolicyResponse(policy=policy_of(policy))
+        return pb.SetPolicyResponse(policy=policies.message_of(policy))
 
     async def ListPolicies(
         self, request: pb.ListPoliciesRequest, context: grpc.aio.ServicerContext
     ) -> pb.ListPoliciesResponse:
         size = checks.page_size(request.page_size)
         after = checks.after(request.page_token)
-        policies = await self._corpora.list_policies(tenant(), after, size + 1)
+        found = await self._corpora.list_policies(tenant(), after, size + 1)
         return pb.ListPoliciesResponse(
-            policies=[policy_of(policy) for policy in policies[:size]],
-            next_page_token=next_token([policy.corpus for policy in policies], size),
+            policies=[policies.message_of(policy) for policy in found[:size]],
+            next_page_token=next_token([policy.corpus for policy in found], size),
         )
 
     async def _documents(
