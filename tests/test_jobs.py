@@ -15,8 +15,8 @@ from tworoads.v1.tuning_pb2_grpc import TuningServiceStub
 
 from services.runtime.errors import Overloaded, Unavailable, error_info
 from services.runtime.owner import owned
+from services.runtime.work import PROGRESS_KEPT
 from services.tuning import making
-from services.tuning.store import PROGRESS_KEPT
 from services.tuning.training.trainer import TrainingFailed
 from tests.small_tuning import (
     OTHER_BASE,
@@ -422,7 +422,7 @@ async def test_a_full_disk_refuses_an_upload_and_fails_no_other_job(
 async def test_a_failure_is_noted_when_the_disk_has_room_again(
     stack: SmallTuning, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("services.tuning.jobs.FULL_SECONDS", 0.0)
+    monkeypatch.setattr("services.runtime.queue.FULL_SECONDS", 0.0)
     change, refusals = stack.jobs.store.change, iter([True, True, False])
 
     def full_for_a_while(id: str, changes: Any) -> Any:
@@ -460,7 +460,7 @@ async def test_cancelling_frees_the_job_s_files_where_the_disk_is_full(
 async def test_what_cannot_be_noted_is_tried_again_after_a_pause(
     stack: SmallTuning, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("services.tuning.jobs.FULL_SECONDS", 0.05)
+    monkeypatch.setattr("services.runtime.queue.FULL_SECONDS", 0.05)
     find, failures = stack.jobs.store.find, [time.monotonic()]
 
     def broken_twice(id: str) -> Any:
@@ -507,7 +507,7 @@ async def test_old_progress_is_forgotten_and_states_are_kept(
     stack: SmallTuning, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(making, "PROGRESS_SECONDS", 0.0)
-    monkeypatch.setattr("services.tuning.store.PROGRESS_KEPT", 10)
+    monkeypatch.setattr("services.runtime.work.PROGRESS_KEPT", 10)
     stack.trainer.steps = 50
     job = await created(stack.stub)
     await ended(stack.stub, job.id)

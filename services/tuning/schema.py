@@ -1,24 +1,10 @@
 """The tables of tuning's database."""
 
-SCHEMA = """
-CREATE TABLE jobs (
-    number INTEGER PRIMARY KEY AUTOINCREMENT,
-    id TEXT NOT NULL UNIQUE,
-    tenant TEXT NOT NULL,
-    state TEXT NOT NULL,
-    idempotency_key TEXT NOT NULL,
-    upload_hash TEXT NOT NULL,
-    job TEXT NOT NULL
-);
-CREATE UNIQUE INDEX keys ON jobs (tenant, idempotency_key) WHERE idempotency_key != '';
-CREATE TABLE events (
-    job TEXT NOT NULL REFERENCES jobs (id),
-    sequence INTEGER NOT NULL,
-    time REAL NOT NULL,
-    kind TEXT NOT NULL,
-    value TEXT NOT NULL,
-    PRIMARY KEY (job, sequence)
-) WITHOUT ROWID;
+from services.runtime import work
+
+SCHEMA = (
+    work.schema("job")
+    + """
 CREATE TABLE adapters (
     number INTEGER PRIMARY KEY AUTOINCREMENT,
     tenant TEXT NOT NULL,
@@ -29,3 +15,4 @@ CREATE TABLE adapters (
     UNIQUE (tenant, id)
 );
 """
+)
