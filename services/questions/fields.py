@@ -45,7 +45,7 @@ def example(line: int, value: dict[str, Any]) -> tuple[Example, bool]:
     if "messages" in value:
         turns, system = _turns(value["messages"])
     else:
-        turns, system = [(_text(value["question"], "question"), _answer(value))], False
+        turns, system = [(text(value["question"], "question"), _answer(value))], False
     corpus = value.get("corpus") or ""
     if corpus and not (isinstance(corpus, str) and CORPUS.fullmatch(corpus)):
         raise BadLine("FIELD_INVALID", '"corpus" is not the name of a corpus')
@@ -58,7 +58,7 @@ def question(line: int, value: dict[str, Any]) -> Question:
     EMPTY)."""
     if "question" not in value:
         raise BadLine("FIELD_MISSING", 'there is no "question"')
-    asked = _text(value["question"], "question")
+    asked = text(value["question"], "question")
     if len(asked) > MOST_QUESTION:
         raise BadLine("FIELD_INVALID", f"the question has more than {MOST_QUESTION} characters")
     if "answer" not in value and "answers" not in value:
@@ -70,12 +70,12 @@ def question(line: int, value: dict[str, Any]) -> Question:
 def _answer(value: dict[str, Any]) -> str:
     """Return the answer; of several, the first."""
     if "answer" in value:
-        return _text(value["answer"], "answer")
+        return text(value["answer"], "answer")
     if "answers" not in value:
         raise BadLine("FIELD_MISSING", 'there is no "answer"')
     if not isinstance(value["answers"], list):
         raise BadLine("FIELD_INVALID", '"answers" is not a list')
-    answers = [_text(answer, "answers") for answer in value["answers"]]
+    answers = [text(answer, "answers") for answer in value["answers"]]
     if not answers:
         raise BadLine("ANSWERS_MISSING", '"answers" is empty')
     return answers[0]
@@ -96,7 +96,7 @@ def _turns(messages: Any) -> tuple[list[tuple[str, str]], bool]:
             raise BadLine("MESSAGES_INVALID", f'the "content" of {place} is not a text')
     if not said or len(said) % 2:
         raise BadLine("MESSAGES_INVALID", "the last message is not the assistant's")
-    texts = [_text(message["content"], "content") for message in said]
+    texts = [text(message["content"], "content") for message in said]
     return list(zip(texts[::2], texts[1::2], strict=True)), system
 
 
@@ -111,12 +111,13 @@ def _relevant(value: dict[str, Any]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(ids))
 
 
-def _text(value: Any, name: str) -> str:
-    """Return a text as it is trained on, without its outer white space."""
+def text(value: Any, name: str) -> str:
+    """Return a text as it is trained on, without its outer white space. Raises BadLine
+    (FIELD_INVALID, EMPTY)."""
     if not isinstance(value, str):
         raise BadLine("FIELD_INVALID", f'"{name}" is not a text')
     if SURROGATE.search(value):
         raise BadLine("FIELD_INVALID", f'"{name}" has half a character (a lone surrogate)')
-    if not (text := value.strip()):
+    if not (said := value.strip()):
         raise BadLine("EMPTY", f'"{name}" is empty')
-    return text
+    return said
