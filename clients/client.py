@@ -12,12 +12,14 @@ from typing import Any, Literal, Self
 import grpc
 from tworoads.v1 import answer_pb2, retrieval_pb2
 from tworoads.v1.answer_pb2_grpc import AnswerServiceStub
+from tworoads.v1.evaluation_pb2_grpc import EvaluationServiceStub
 from tworoads.v1.generation_pb2 import GenerateOptions
 from tworoads.v1.retrieval_pb2_grpc import RetrievalServiceStub
 from tworoads.v1.tuning_pb2_grpc import TuningServiceStub
 
 from clients.documents import Corpus, Document, Ingested, NewDocument, Progress, Upload, news_of
 from clients.errors import TworoadsError, translated
+from clients.evaluation import EvaluationMethods
 from clients.events import Answer, Event, Passage, event_of
 from clients.local import address as local_address
 from clients.tuning import TuningMethods
@@ -32,26 +34,29 @@ Mode = Literal["hybrid", "vector", "text"]
 ANSWERS = "tworoads.v1.AnswerService"
 RETRIEVAL = "tworoads.v1.RetrievalService"
 TUNING = "tworoads.v1.TuningService"
+EVALUATION = "tworoads.v1.EvaluationService"
 MOST_QUESTION = 256 * 1024  # code points; the server takes fewer, but a message may hold them
 MOST_IDS = 1000  # of one DeleteDocumentsRequest
 PAGE = 500
 SECONDS = 60.0
 
 
-class Client(TuningMethods):
+class Client(EvaluationMethods, TuningMethods):
     """Talks to the gateway at `address` (HOST:PORT); by default to the stack on this machine.
 
-    Every method raises TworoadsError. Those about jobs and adapters are in clients/tuning.py.
+    Every method raises TworoadsError. Those about jobs and adapters are in clients/tuning.py,
+    those about comparisons and policies in clients/evaluation.py.
     """
 
     def __init__(self, address: str | None = None) -> None:
         self.address = address or local_address()
 
     async def __aenter__(self) -> Self:
-        self._channel = connect(self.address, ANSWERS, RETRIEVAL, TUNING)
+        self._channel = connect(self.address, ANSWERS, RETRIEVAL, TUNING, EVALUATION)
         self._answers = AnswerServiceStub(self._channel)
         self._retrieval = RetrievalServiceStub(self._channel)
         self._tuning = TuningServiceStub(self._channel)
+        self._evaluation = EvaluationServiceStub(self._channel)
         return self
 
     async def __aexit__(self, *_: object) -> None:

@@ -127,7 +127,7 @@ class Upload:
         yield self._start
         while (document := await self._next()) is not None:
             try:
-                header = _header(document)
+                header = header_of(document)
             except (TypeError, ValueError, AttributeError) as error:
                 self.failed.append(Ingested(document.id, "failed", "DOCUMENT_INVALID", str(error)))
                 continue
@@ -148,7 +148,11 @@ class Upload:
             self.failed.append(document)
 
 
-def _header(document: NewDocument) -> pb.PutDocumentsDocument:
+def header_of(document: NewDocument) -> pb.PutDocumentsDocument:
+    """Return what is sent before the content of a document.
+
+    Raises TypeError, ValueError or AttributeError for metadata that cannot be sent.
+    """
     return pb.PutDocumentsDocument(
         id=document.id,
         title=document.title,

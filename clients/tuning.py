@@ -3,12 +3,11 @@
 import asyncio
 import tempfile
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
-import grpc
 from tworoads.v1 import tuning_pb2 as pb
 from tworoads.v1.tuning_pb2_grpc import TuningServiceStub
 
@@ -16,15 +15,12 @@ from clients.adapters import Adapter, files_of, import_requests, unpack
 from clients.errors import translated
 from clients.files import FileError
 from clients.jobs import CheckProgress, Context, Finding, Job, JobEvent, event_of, news_of_check
+from clients.streams import resumed, sent
 from clients.uploads import Source, Upload, can_be_read_again, chunks
 from services.runtime.status import real_status
 
 PAGE = 500
 SECONDS = 60.0
-# Seconds before each new try of a stream that broke off, as long as none of them brings anything.
-# A service that is started again is back within them.
-WAITS = (0.25, 0.5, 1.0, 2.0, 4.0, 5.0, 5.0, 5.0, 5.0, 5.0)
-TRIES_TO_SEND = 3
 
 
 class TuningMethods:
@@ -64,27 +60,19 @@ class TuningMethods:
             idempotency_key=idempotency_key or uuid.uuid4().hex,
         )
         again = can_be_read_again(examples) and (questions is None or can_be_read_again(questions))
-        waits = iter(WAITS[: TRIES_TO_SEND - 1] if again else ())
         told: set[Finding] = set()
+
+        def requests() -> AsyncIterator[pb.CreateJobRequest]:
+            return _create_requests(start, examples, questions)
+
         with translated(self.address):
-            while True:
-                upload = Upload(_create_requests(start, examples, questions))
-                call = self._tuning.CreateJob(upload.requests())
-                try:
-                    async with real_status(call):
-                        with upload.raising():
-                            async for response in call:
-                                news = news_of_check(response)
-                                if news and news not in told:
-                                    yield news
-                                if isinstance(news, Finding):
-                                    told.add(news)
-                    return
-                except grpc.aio.AioRpcError as error:
-                    wait = _before_the_next(waits, error)
-                finally:
-                    call.cancel()
-                await asyncio.sleep(wait)
+            async with aclosing(sent(self._tuning.CreateJob, requests, again)) as responses:
+                async for response in responses:
+                    news = news_of_check(response)
+                    if news and news not in told:
+                        yield news
+                    if isinstance(news, Finding):
+                        told.add(news)
 
     async def tune(self, name: str, examples: Source, **arguments: Any) -> Job:
         """Train an adapter and return its job when that has ended, whichever way.
@@ -129,7 +117,7 @@ class TuningMethods:
             return self._tuning.WatchJob(pb.WatchJobRequest(id=id, after_sequence=last))
 
         with translated(self.address):
-            async with aclosing(_resumed(watch)) as responses:
+            async with aclosing(resumed(watch)) as responses:
                 async for response in responses:
                     event = event_of(response)
                     if event:
@@ -232,7 +220,7 @@ class TuningMethods:
                     )
                 )
 
-            async with aclosing(_resumed(download)) as responses:
+            async with aclosing(resumed(download)) as responses:
                 async for response in responses:
                     if response.HasField("adapter"):
                         adapter = Adapter.of(response.adapter)
@@ -254,31 +242,3 @@ async def _create_requests(
         async for chunk in chunks(questions):
             yield pb.CreateJobRequest(questions=chunk)
     yield pb.CreateJobRequest(end=pb.CreateJobEnd())
-
-
-async def _resumed(call_again: Callable[[], Any]) -> AsyncGenerator[Any, None]:
-    """Yield the responses of a stream, which is called again where it broke off.
-
-    Before the first response gRPC itself tries again, so that what never answers fails at once.
-    """
-    waits: Iterator[float] = iter(())
-    while True:
-        call = call_again()
-        try:
-            async for response in call:
-                waits = iter(WAITS)
-                yield response
-            return
-        except grpc.aio.AioRpcError as error:
-            wait = _before_the_next(waits, error)
-        finally:
-            call.cancel()
-        await asyncio.sleep(wait)
-
-
-def _before_the_next(waits: Iterator[float], error: grpc.aio.AioRpcError) -> float:
-    """Return how long to wait before the next try, in seconds; raise the error if there is none."""
-    wait = next(waits, None) if error.code() is grpc.StatusCode.UNAVAILABLE else None
-    if wait is None:
-        raise error
-    return wait

@@ -158,7 +158,7 @@ def test_nothing_found_is_said_and_nothing_is_written(run, tmp_path):
     (tmp_path / "a.txt").write_text("Some words.")
     run("ingest", tmp_path, "-c", "empty")
     run("delete", "a.txt", "-c", "empty")
-    ran = run("ask", QUESTION, "-c", "empty")
+    ran = run("ask", QUESTION, "-c", "empty", "--path", "rag")
     assert (ran.code, ran.out) == (
         0,
         "Nothing in the corpus answers this, so nothing was written.\n",

@@ -7,7 +7,7 @@ import pytest
 from grpc import StatusCode
 from tworoads.v1 import tuning_pb2 as pb
 
-import clients.tuning
+import clients.streams
 from clients.client import Client, TworoadsError
 from clients.files import FileError
 from clients.jobs import CheckProgress, Finding, Job, JobProgress
@@ -106,7 +106,7 @@ async def test_what_can_be_read_only_once_is_sent_once(tuning, client):
 
 
 async def test_sending_again_has_an_end(tuning, client, monkeypatch):
-    monkeypatch.setattr(clients.tuning, "WAITS", (0.0,) * 10)
+    monkeypatch.setattr(clients.streams, "WAITS", (0.0,) * 10)
     tuning.refusals = [Unavailable("STOPPING", "this replica stops")] * 10
     with pytest.raises(TworoadsError):
         await created(client, LINES)
@@ -147,7 +147,7 @@ async def test_a_watch_that_breaks_goes_on_where_it_was(tuning, client):
 
 
 async def test_a_watch_that_brings_nothing_any_more_ends(tuning, client, monkeypatch):
-    monkeypatch.setattr(clients.tuning, "WAITS", (0.0,) * 5)
+    monkeypatch.setattr(clients.streams, "WAITS", (0.0,) * 5)
     job = (await created(client, LINES))[-1]
     tuning.breaks = [3] + [0] * 100
     seen = []

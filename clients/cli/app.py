@@ -5,13 +5,25 @@ from collections.abc import Callable
 
 import typer
 
-from clients.cli import adapters, ask, documents, jobs, logs, status, tune, up
+from clients.cli import (
+    adapters,
+    ask,
+    compare,
+    comparisons,
+    documents,
+    jobs,
+    logs,
+    policies,
+    status,
+    tune,
+    up,
+)
 from clients.local import LocalError
 
 app = typer.Typer(
     name="tworoads",
     help="Answers questions about your documents, by retrieval, with citations that are checked,"
-    " and by adapters that are trained on your examples.",
+    " and by adapters that are trained on your examples, and measures which of them to take.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -29,10 +41,13 @@ for command in (
     documents.search,
     ask.ask,
     tune.tune,
+    compare.compare,
 ):
     app.command()(command)
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(adapters.app, name="adapters")
+app.add_typer(comparisons.app, name="comparisons")
+app.add_typer(policies.app, name="policies")
 
 
 def main() -> None:

@@ -1,16 +1,39 @@
-"""What the check of a training file found, in words."""
+"""Files to send, and what their check found, in words."""
+
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 from clients.cli.output import line
 from clients.jobs import DataReport, Finding
+from clients.local import LocalError
 
 SHOWN = 20  # line numbers of questions
 
 WORDS = {"error": "", "left_out": "left out: ", "warning": "warning: "}
 
 
-def finding(found: Finding) -> str:
-    """Return one line for one finding."""
-    file = "" if found.file == "examples" else f"{found.file}, "
+@contextmanager
+def read_again(file: Path) -> Iterator[Path]:
+    """Yield a file that can be sent twice: standard input, -, is copied into one."""
+    if file != Path("-"):
+        yield file
+        return
+    with tempfile.NamedTemporaryFile() as copy:
+        try:
+            shutil.copyfileobj(sys.stdin.buffer, copy)
+            copy.flush()
+        except OSError as error:
+            raise LocalError(f"cannot take standard input: {error.strerror}") from error
+        yield Path(copy.name)
+
+
+def finding(found: Finding, main: str = "examples") -> str:
+    """Return one line for one finding; lines of the `main` file go without its name."""
+    file = "" if found.file == main else f"{found.file}, "
     words = WORDS.get(found.severity, "")
     return line(f"{file}line {found.line}: {words}{found.message} ({found.reason})")
 

@@ -30,6 +30,16 @@ ADVICE = {
     "ADAPTER_NOT_ACCEPTED": "see what was measured with `tworoads adapters show NAME@HASH`,"
     " and let it answer all the same with `tworoads adapters accept NAME@HASH`",
     "ADAPTER_INCOMPATIBLE": "train it again, for the model that runs now, with `tworoads tune`",
+    "COMPARISON_NOT_FOUND": "see which there are with `tworoads comparisons`",
+    "COMPARISON_NOT_FINISHED": "see how far it is with `tworoads comparisons watch N`",
+    "CANDIDATE_NOT_FOUND": "see which there are with `tworoads comparisons show N`",
+    "VERDICT_OPEN": "ask more questions, or set a path yourself with `tworoads policies set`",
+    "POLICY_IMPOSSIBLE": "or set another path with `tworoads policies set`",
+    "CORPUS_EMPTY": "fill it with `tworoads ingest FOLDER --corpus NAME`",
+    "QUESTIONS_EMPTY": 'write lines of {"question": ..., "answers": [...]}',
+    "TOO_MANY_CANDIDATES": "name fewer with --paths or --adapter",
+    "JUDGE_MISSING": "leave out --judge, or set up a judge where the stack runs",
+    "GATEWAY_UNAVAILABLE": "see `tworoads status`",
     "JOB_NOT_FOUND": "see which there are with `tworoads jobs`",
     "EXAMPLES_INVALID": "mend these lines, then run this again",
     "QUESTIONS_INVALID": "mend these lines, then run this again",
@@ -81,10 +91,10 @@ def line(text: str) -> str:
     return " ".join(plain(text).split())
 
 
-def print_json(value: Any) -> None:
-    """Print a value, which may hold dataclasses and times, as indented JSON, with what a terminal
-    might obey as escapes."""
-    text = json.dumps(value, ensure_ascii=False, indent=2, default=_encodable)
+def print_json(value: Any, indent: int | None = 2) -> None:
+    """Print a value, which may hold dataclasses and times, as JSON, on one line without `indent`,
+    with what a terminal might obey as escapes."""
+    text = json.dumps(value, ensure_ascii=False, indent=indent, default=_encodable)
     print(CONTROL.sub(lambda char: f"\\u{ord(char[0]):04x}", text))
 
 
@@ -97,13 +107,19 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
-def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print rows in columns, each as wide as its widest cell."""
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Return rows as lines in columns, each as wide as its widest cell."""
     lines = [list(header), *([line(cell) for cell in row] for row in rows)]
     widths = [max(len(cells[i]) for cells in lines) for i in range(len(header))]
-    for cells in lines:
-        padded = (cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
-        print("  ".join(padded).rstrip())
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
+        for cells in lines
+    ]
+
+
+def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print rows in columns, each as wide as its widest cell."""
+    print("\n".join(table(header, rows)))
 
 
 def _encodable(value: Any) -> Any:

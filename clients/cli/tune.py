@@ -1,17 +1,13 @@
 """`tworoads tune`: examples in, an adapter out."""
 
-import shutil
 import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from clients.cli.data import finding, report
+from clients.cli.data import finding, read_again, report
 from clients.cli.output import Address, Json, print_json, run
 from clients.cli.training import follow
 from clients.client import Client
@@ -99,7 +95,7 @@ def tune(
         "quantized": quantized,
         **{option: value for option, value in chosen.items() if value is not None},
     }
-    with _examples(file) as examples:
+    with read_again(file) as examples:
         job = run(address, lambda client: _create(client, name, examples, arguments))
     if not detach:
         follow(address, job.id, json)
@@ -107,21 +103,6 @@ def tune(
         print_json(job)
     else:
         print(f"Job {job.id} is in the queue. Watch it: tworoads jobs watch {job.id}")
-
-
-@contextmanager
-def _examples(file: Path) -> Iterator[Path]:
-    """Yield a file that can be sent twice: standard input is copied into one."""
-    if file != Path("-"):
-        yield file
-        return
-    with tempfile.NamedTemporaryFile() as copy:
-        try:
-            shutil.copyfileobj(sys.stdin.buffer, copy)
-            copy.flush()
-        except OSError as error:
-            raise LocalError(f"cannot take standard input: {error.strerror}") from error
-        yield Path(copy.name)
 
 
 async def _create(client: Client, name: str, examples: Path, arguments: dict[str, Any]) -> Job:
