@@ -1,0 +1,124 @@
+"""Pictures as inline SVG; colours come from the style sheet, shapes tell things apart too."""
+
+from math import log10
+
+from markupsafe import Markup
+
+from services.evaluation.comparison import Comparison
+from services.evaluation.outcome import Estimate, Outcome
+
+WIDTH, HEIGHT = 640, 340
+LEFT, RIGHT, TOP, BOTTOM = 50, 620, 20, 290
+
+
+def quality(comparison: Comparison, outcome: Outcome) -> Markup:
+    """Return both scores over the cost of 1,000 answers; empty without scores."""
+    results = [one for one in outcome.results if not one.failed and one.scores.answers]
+    if not results:
+        return Markup()
+    costs = [max(one.cost_per_thousand, 1e-9) for one in results]
+    wide = max(costs) / min(costs) > 10
+    places = [log10(cost) if wide else cost for cost in costs]
+    low, high = (min(places), max(places)) if wide else (0.0, max(places))
+    span = (high - low) or 1.0
+    parts = [
+        Markup('<line class="grid" x1="50" x2="620" y1="{y}" y2="{y}"/>'
+               '<text x="42" y="{t}" text-anchor="end">{s}</text>').format(
+            y=_y(s), t=_y(s) + 4, s=s)
+        for s in (0.0, 0.25, 0.5, 0.75, 1.0)
+    ]  # fmt: skip
+    strict_decides = comparison.plan.scoring.strict_decides
+    last = -100.0
+    for result, place in sorted(zip(results, places, strict=True), key=lambda pair: pair[1]):
+        x = max(LEFT + 40 + (place - low) / span * (RIGHT - LEFT - 110), last + 26)
+        last = x
+        pair = (result.scores.strict, result.scores.format_blind)
+        main, other = pair if strict_decides else pair[::-1]
+        chosen = result.candidate == outcome.verdict.candidate
+        parts.append(_interval(x, main, "main"))
+        parts.append(_interval(x + 10, other, "other"))
+        if main:
+            ring = '<circle class="ring" cx="{x}" cy="{y}" r="11"/>' if chosen else ""
+            shape = ring + '<circle class="main" cx="{x}" cy="{y}" r="6"/>'
+            label = '<text class="label" x="{x}" y="{t}" text-anchor="middle">{name}</text>'
+            parts.append(
+                Markup(shape + label).format(
+                    x=f"{x:.1f}",
+                    y=_y(main.value),
+                    t=max(12, _y(main.high) - 6),
+                    name=result.candidate + (" ★" if chosen else ""),
+                )
+            )
+        if other:
+            parts.append(
+                Markup('<rect class="other" x="{}" y="{}" width="8" height="8"/>').format(
+                    f"{x + 6:.1f}", _y(other.value) - 4
+                )
+            )
+    axis = f"cost of 1,000 answers in {comparison.prices.currency}, " + (
+        f"{min(costs):.3g} to {max(costs):.3g}, logarithmic" if wide else f"0 to {max(costs):.3g}"
+    )
+    parts.append(Markup('<text x="335" y="315" text-anchor="middle">{}</text>').format(axis))
+    words = ("strict", "format-blind") if strict_decides else ("format-blind", "strict")
+    parts.append(
+        Markup('<text x="335" y="333" text-anchor="middle">● {} (decides)   ■ {}</text>').format(
+            *words
+        )
+    )
+    return _svg("Quality and cost", "Each candidate's scores with 95 % intervals.", parts, HEIGHT)
+
+
+def latency(outcome: Outcome) -> Markup:
+    """Return bars from p50 to p95 of the first text and of the whole answer; empty if unknown."""
+    rows = [(one.candidate, one.warm) for one in outcome.results if one.warm]
+    if not rows:
+        return Markup()
+    longest = max(warm.total_p95_ms for _, warm in rows) or 1.0
+    parts: list[Markup] = []
+    for number, (name, warm) in enumerate(rows):
+        y = 20 + 46 * number
+        parts.append(Markup('<text class="label" x="0" y="{}">{}</text>').format(y + 12, name))
+        for shift, kind, p50, p95 in (
+            (0, "other", warm.first_text_p50_ms, warm.first_text_p95_ms),
+            (16, "main", warm.total_p50_ms, warm.total_p95_ms),
+        ):
+            x, end = (150 + 380 * min(ms / longest, 1.0) for ms in (p50, p95))
+            parts.append(
+                Markup(
+                    '<rect class="{}" x="{}" y="{}" width="{}" height="12"/>'
+                    '<text x="{}" y="{}">{}–{} ms</text>'
+                ).format(
+                    kind,
+                    f"{x:.1f}",
+                    y + shift,
+                    f"{max(end - x, 2):.1f}",
+                    f"{end + 6:.1f}",
+                    y + shift + 10,
+                    f"{p50:,.0f}",
+                    f"{p95:,.0f}",
+                )  # fmt: skip
+            )
+    return _svg(
+        "Latency",
+        "From p50 to p95: upper bar the first text, lower bar the whole answer.",
+        parts,
+        30 + 46 * len(rows),
+    )
+
+
+def _y(score: float) -> float:
+    return round(BOTTOM - (BOTTOM - TOP) * min(max(score, 0.0), 1.0), 1)
+
+
+def _interval(x: float, number: Estimate | None, kind: str) -> Markup:
+    if number is None:
+        return Markup()
+    return Markup('<line class="bar {}" x1="{x}" x2="{x}" y1="{}" y2="{}"/>').format(
+        kind, _y(number.low), _y(number.high), x=f"{x:.1f}"
+    )
+
+
+def _svg(title: str, words: str, parts: list[Markup], height: int) -> Markup:
+    return Markup(
+        '<svg viewBox="0 0 {} {}" role="img"><title>{}</title><desc>{}</desc>{}</svg>'
+    ).format(WIDTH, height, title, words, Markup().join(parts))
