@@ -44,7 +44,7 @@ def plan(
         raise LocalError(
             f"Port {port} of {HOST} is taken by another program; choose another with --port."
         )
-    embedding, retrieval, generation, tuning, *metrics = free_addresses(9)
+    embedding, retrieval, generation, tuning, evaluation, *metrics = free_addresses(11)
     front = f"{HOST}:{port}"
     model = model or DEFAULT
     preparing = _preparing(model)
@@ -77,15 +77,23 @@ def plan(
             },
         ),
         _service(
+            "evaluation",
+            "EvaluationService",
+            evaluation,
+            metrics[4],
+            {"FOLDER": str(folder / "evaluation"), "GATEWAY": front},
+        ),
+        _service(
             "gateway",
             "AnswerService",
             front,
-            metrics[4],
+            metrics[5],
             {
                 "RETRIEVAL": retrieval,
                 "EMBEDDING": embedding,
                 "GENERATION": generation,
                 "TUNING": tuning,
+                "EVALUATION": evaluation,
             },
         ),
     )

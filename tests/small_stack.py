@@ -4,7 +4,7 @@ import asyncio
 import gzip
 import zlib
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,12 +12,13 @@ import grpc
 import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tworoads.v1 import embedding_pb2, generation_pb2
-from tworoads.v1.answer_pb2_grpc import add_AnswerServiceServicer_to_server
+from tworoads.v1.answer_pb2_grpc import AnswerServiceStub, add_AnswerServiceServicer_to_server
 from tworoads.v1.embedding_pb2_grpc import (
     EmbeddingServiceServicer,
     EmbeddingServiceStub,
     add_EmbeddingServiceServicer_to_server,
 )
+from tworoads.v1.evaluation_pb2_grpc import add_EvaluationServiceServicer_to_server
 from tworoads.v1.generation_pb2_grpc import (
     GenerationServiceServicer,
     GenerationServiceStub,
@@ -32,6 +33,13 @@ from tworoads.v1.tuning_pb2_grpc import (
     add_TuningServiceServicer_to_server,
 )
 
+from services.evaluation.asking import Gateway
+from services.evaluation.comparison import Prices
+from services.evaluation.comparisons import Comparisons
+from services.evaluation.running import GatewayRunner
+from services.evaluation.schema import SCHEMA
+from services.evaluation.service import EvaluationService
+from services.evaluation.uploads import Uploads
 from services.gateway.forward import PUBLIC, Forwarder
 from services.gateway.service import AnswerService
 from services.retrieval.embedder import Embedder
@@ -40,6 +48,7 @@ from services.retrieval.service import RetrievalService
 from services.retrieval.stores.lancedb import LanceStore
 from services.retrieval.stores.store import Store
 from services.runtime.channel import connect
+from services.runtime.database import Database
 from services.runtime.server import Server, running
 from services.runtime.settings import ServerSettings
 from tests.fake_tuning import TUNING, FakeTuning
@@ -48,6 +57,7 @@ ANSWERS = "tworoads.v1.AnswerService"
 RETRIEVAL = "tworoads.v1.RetrievalService"
 EMBEDDING = "tworoads.v1.EmbeddingService"
 GENERATION = "tworoads.v1.GenerationService"
+EVALUATION = "tworoads.v1.EvaluationService"
 DIMENSION = 64
 MEBIBYTE = 1024 * 1024
 
@@ -144,6 +154,7 @@ class SmallStack:
     store: Store
     retrieval: RetrievalServiceStub
     servers: dict[str, Server]
+    comparisons: Comparisons
 
 
 @asynccontextmanager
@@ -182,7 +193,9 @@ async def small_stack(
         connect(f"127.0.0.1:{embedding_server.port}", EMBEDDING) as embedding_channel,
         connect(f"127.0.0.1:{generation_server.port}", GENERATION) as generation_channel,
         connect(f"127.0.0.1:{tuning_server.port}", TUNING) as tuning_channel,
+        evaluation_service(folder / "evaluation", f"127.0.0.1:{gateway.port}") as evaluation,
     ):
+        evaluation_server, evaluation_channel, comparisons = evaluation
         await generation_server.serve(
             lambda s: add_GenerationServiceServicer_to_server(generation, s)
         )
@@ -198,6 +211,7 @@ async def small_stack(
             EMBEDDING: embedding_channel,
             GENERATION: generation_channel,
             TUNING: tuning_channel,
+            EVALUATION: evaluation_channel,
         }
 
         def forward(server: grpc.aio.Server) -> None:
@@ -217,8 +231,39 @@ async def small_stack(
                 "embedding": embedding_server,
                 "generation": generation_server,
                 "tuning": tuning_server,
+                "evaluation": evaluation_server,
             },
+            comparisons,
         )
+
+
+@asynccontextmanager
+async def evaluation_service(
+    folder: Path, gateway: str, patience_seconds: float = 60.0
+) -> AsyncIterator[tuple[Server, grpc.aio.Channel, Comparisons]]:
+    """Run the real evaluation service, which asks the gateway at an address."""
+    settings = ServerSettings(grace_seconds=0)
+    async with (
+        running(settings, [EVALUATION]) as server,
+        connect(gateway, ANSWERS, RETRIEVAL, TUNING, EMBEDDING) as channel,
+        connect(f"127.0.0.1:{server.port}", EVALUATION) as own_channel,
+    ):
+        asked = Gateway(
+            AnswerServiceStub(channel),
+            RetrievalServiceStub(channel),
+            TuningServiceStub(channel),
+            EmbeddingServiceStub(channel),
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        with closing(Database(folder / "evaluation.db", SCHEMA)) as database:
+            runner = GatewayRunner(asked, None, patience_seconds)
+            async with Comparisons(folder, database, runner) as comparisons:
+                tmp = folder / "tmp"
+                uploads = Uploads(tmp, comparisons, asked, Prices(), "", 4 * MEBIBYTE)
+                service = EvaluationService(comparisons, uploads)
+                await server.serve(lambda s: add_EvaluationServiceServicer_to_server(service, s))
+                yield server, own_channel, comparisons
+                comparisons.stop()
 
 
 def vector(text: str) -> list[float]:

@@ -263,7 +263,14 @@ def test_the_plan_tells_every_service_where_the_others_are(tmp_path: Path) -> No
     assert model.argv[-1] == str(tmp_path)
     assert model.gives == ("TWOROADS_GENERATION_MODEL", "TWOROADS_TUNING_MODEL")
     children = {child.name: child for child in services}
-    assert list(children) == ["embedding", "retrieval", "generation", "tuning", "gateway"]
+    assert list(children) == [
+        "embedding",
+        "retrieval",
+        "generation",
+        "tuning",
+        "evaluation",
+        "gateway",
+    ]
     gateway, retrieval = children["gateway"].env, children["retrieval"].env
     assert gateway["TWOROADS_GATEWAY_LISTEN"] == f"127.0.0.1:{port}"
     for name, child in children.items():
@@ -278,6 +285,10 @@ def test_the_plan_tells_every_service_where_the_others_are(tmp_path: Path) -> No
     assert tuning.env["TWOROADS_TUNING_GENERATION"] == generation.address
     assert tuning.env["TWOROADS_TUNING_RETRIEVAL"] == children["retrieval"].address
     assert tuning.env["TWOROADS_TUNING_FOLDER"] == str(tmp_path / "tuning")
+    evaluation, gateway = children["evaluation"], children["gateway"]
+    assert evaluation.env["TWOROADS_EVALUATION_GATEWAY"] == gateway.address
+    assert gateway.env["TWOROADS_GATEWAY_EVALUATION"] == evaluation.address
+    assert evaluation.env["TWOROADS_EVALUATION_FOLDER"] == str(tmp_path / "evaluation")
     used = [address for c in children.values() for address in (c.address, c.metrics)]
     assert len(set(used)) == 10
 

@@ -78,5 +78,5 @@ async def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    chosen = Settings(_cli_parse_args=True)
+    chosen = Settings(_cli_parse_args=True)  # type: ignore[call-arg]
     run(lambda: main(chosen), chosen)

@@ -54,9 +54,9 @@ def load(path: Path) -> list[Answer]:
 
 def page(
     path: Path, after: int, candidate: str, phase: pb.ComparisonPhase.ValueType, size: int
-) -> list[pb.ComparisonAnswer]:
+) -> tuple[list[pb.ComparisonAnswer], bool]:
     """Return at most `size` answers, and about 1 MiB, with sequence numbers behind `after`, of one
-    candidate and one phase if these are given. Blocks."""
+    candidate and one phase if these are given; and whether more follow. Blocks."""
     found: list[pb.ComparisonAnswer] = []
     filled = 0
     for answer in _read(path):
@@ -66,9 +66,9 @@ def page(
             continue
         filled += answer.ByteSize()
         if found and (len(found) == size or filled > MOST_PAGE):
-            break
+            return found, True
         found.append(answer)
-    return found
+    return found, False
 
 
 def plain(answer: pb.ComparisonAnswer) -> Answer:

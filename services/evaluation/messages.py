@@ -4,13 +4,13 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.json_format import Parse
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 from tworoads.v1 import evaluation_pb2 as pb
 from tworoads.v1 import tuning_pb2
 from tworoads.v1.answer_pb2 import Turn
+from tworoads.v1.retrieval_pb2 import Path
 
 from services.evaluation.comparison import Candidate, Comparison, Plan, Progress
 from services.evaluation.outcome import Outcome
@@ -110,16 +110,15 @@ def fill(message: Message, value: Any) -> None:
         elif to.message_type:
             fill(getattr(message, field.name), said)
         elif to.enum_type:
-            setattr(message, field.name, enum_number(to, said))
+            setattr(message, field.name, enum_number(to.enum_type, said))
         else:
             setattr(message, field.name, said)
 
 
-def enum_number(field: FieldDescriptor, word: str) -> int:
+def enum_number(enum: Any, word: str) -> int:
     """Return the number of a word such as "knowledge_gap", 0 for an empty one."""
-    names = field.enum_type.values_by_name
-    prefix = field.enum_type.values_by_number[0].name.removesuffix("UNSPECIFIED")
-    return int(names[prefix + (word or "unspecified").upper()].number)
+    prefix = enum.values_by_number[0].name.removesuffix("UNSPECIFIED")
+    return int(enum.values_by_name[prefix + (word or "unspecified").upper()].number)
 
 
 def _start(plan: Plan) -> pb.CreateComparisonStart:
@@ -138,11 +137,11 @@ def _start(plan: Plan) -> pb.CreateComparisonStart:
 
 
 def _candidate(candidate: Candidate) -> pb.Candidate:
-    message = pb.Candidate(id=candidate.id, adapter=candidate.adapter, corpus=candidate.corpus)
-    message.path = (
-        pb.Candidate.DESCRIPTOR.fields_by_name["path"]
-        .enum_type.values_by_name[f"PATH_{candidate.path.upper()}"]
-        .number
+    message = pb.Candidate(
+        id=candidate.id,
+        path=Path.Value(f"PATH_{candidate.path.upper()}"),
+        adapter=candidate.adapter,
+        corpus=candidate.corpus,
     )
     Parse(candidate.options, message.options)
     return message

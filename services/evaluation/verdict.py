@@ -5,7 +5,7 @@
    answers that only one got right say so too, after Holm's correction), not worse (the interval is
    above minus the margin), or unclear.
 3. The cheapest that is not worse than any other is taken, if each cheaper one is clearly worse.
-   Otherwise, or with fewer than 30 questions or clusters, there is not enough evidence.
+   Otherwise, or with fewer than 30 questions or 5 clusters, there is not enough evidence.
 
 That a candidate must be not worse than *each* other, not only than the one with the highest score,
 is what keeps the wrong road from being named: the highest score may be luck.
@@ -22,7 +22,8 @@ from services.evaluation.remarks import unknown, would_change
 
 __all__ = ["FEWEST", "Part", "decide"]
 
-FEWEST = 30  # questions, and clusters of them
+FEWEST = 30  # questions
+FEWEST_CLUSTERS = 5  # of them; below 40 the verdict says that intervals are unreliable
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def _broken(board: Scoreboard, candidate: str) -> dict[str, str]:
 
 def _choose(board: Scoreboard, left: Collection[str]) -> Choice:
     """Apply the rule to the candidates that are left."""
-    missing = max(FEWEST - board.part.questions, FEWEST - board.part.clusters, 0)
+    missing = max(FEWEST - board.part.questions, FEWEST_CLUSTERS - board.part.clusters, 0)
     order = board.cheapest_first(left)
     for number, candidate in enumerate(order):
         others = [other for other in order if other != candidate]
@@ -186,10 +187,10 @@ def _undecided(board: Scoreboard, left: Collection[str], choice: Choice) -> Verd
     more = f"about {needed:,} more {'question' if needed == 1 else 'questions'}"
     if part.questions < FEWEST:
         why = f"{part.questions} questions are too few; {FEWEST} are the least"
-    elif part.clusters < FEWEST:
+    elif part.clusters < FEWEST_CLUSTERS:
         why = (
             f"{part.questions} questions are about {part.clusters} separate groups of documents "
-            f"only; {FEWEST} are the least"
+            f"only; {FEWEST_CLUSTERS} are the least"
         )
     elif choice.unclear:
         first, second = choice.unclear[0]

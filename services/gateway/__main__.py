@@ -19,6 +19,7 @@ RETRIEVAL = "tworoads.v1.RetrievalService"
 EMBEDDING = "tworoads.v1.EmbeddingService"
 GENERATION = "tworoads.v1.GenerationService"
 TUNING = "tworoads.v1.TuningService"
+EVALUATION = "tworoads.v1.EvaluationService"
 
 
 async def main(settings: Settings) -> None:
@@ -29,6 +30,7 @@ async def main(settings: Settings) -> None:
         connect(settings.embedding, EMBEDDING) as embedding,
         connect(settings.generation, GENERATION) as generation,
         connect(settings.tuning, TUNING) as tuning,
+        connect(settings.evaluation, EVALUATION) as evaluation,
     ):
         answers = AnswerService(
             RetrievalServiceStub(retrieval),
@@ -41,6 +43,7 @@ async def main(settings: Settings) -> None:
             EMBEDDING: embedding,
             GENERATION: generation,
             TUNING: tuning,
+            EVALUATION: evaluation,
         }
 
         def forward(grpc_server: Any) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import grpc
 from google.protobuf.descriptor_pool import Default
+from tworoads.v1 import evaluation_pb2  # noqa: F401 - describes what is forwarded
 from tworoads.v1.tuning_pb2 import DeleteAdapterRequest
 
 from services.runtime.call import outgoing
@@ -45,6 +46,15 @@ PUBLIC = {
         "DownloadAdapter",
         "AcceptAdapter",
         "DeleteAdapter",
+    ),
+    "tworoads.v1.EvaluationService": (
+        "CreateComparison",
+        "GetComparison",
+        "WatchComparison",
+        "CancelComparison",
+        "ListComparisons",
+        "ListAnswers",
+        "DownloadReport",
     ),
 }
 DELETE = "/tworoads.v1.TuningService/DeleteAdapter"

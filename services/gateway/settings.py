@@ -22,3 +22,6 @@ class Settings(ServerSettings):
 
     tuning: str = "127.0.0.1:50054"
     """Address of the tuning service."""
+
+    evaluation: str = "127.0.0.1:50055"
+    """Address of the evaluation service, which is a client of this one."""

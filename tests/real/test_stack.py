@@ -43,7 +43,7 @@ FACTS = [
         "It is inspected every six weeks by Ingrid Solheim.",
     ),
 ]
-SERVICES = ["embedding", "retrieval", "generation", "tuning", "gateway"]
+SERVICES = ["embedding", "retrieval", "generation", "tuning", "evaluation", "gateway"]
 LEFT_SECONDS = 2.0
 T = TypeVar("T")
 
@@ -255,7 +255,7 @@ async def test_kill_9_under_load_fails_calls_as_unavailable_and_later_ones_are_r
         await again(lambda: client.ask(LEAVE, handbook, "rag", max_tokens=1))
         await load.answered()
     failed = {error.code for error in load.failures}  # a question needs tuning for an adapter only
-    assert failed == (set() if name == "tuning" else {grpc.StatusCode.UNAVAILABLE})
+    assert failed == (set() if name in ("tuning", "evaluation") else {grpc.StatusCode.UNAVAILABLE})
 
 
 async def test_an_ingest_cut_by_kill_9_is_complete_and_single_once_sent_again(

@@ -53,7 +53,8 @@ class Stack:
 async def stack(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Stack]:
     folder = tmp_path_factory.mktemp("stack")
     planned = plan(folder, "weaviate", "", None, "", _free_port())
-    without_model = [c for c in planned.children if c.name not in ("model", "generation", "tuning")]
+    away = ("model", "generation", "tuning", "evaluation")
+    without_model = [child for child in planned.children if child.name not in away]
     async with supervised(without_model, folder) as seen, Client(planned.address) as client:
         address = seen.states["retrieval"].address
         async with grpc.aio.insecure_channel(address) as channel:
