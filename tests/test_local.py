@@ -290,7 +290,7 @@ def test_the_plan_tells_every_service_where_the_others_are(tmp_path: Path) -> No
     assert gateway.env["TWOROADS_GATEWAY_EVALUATION"] == evaluation.address
     assert evaluation.env["TWOROADS_EVALUATION_FOLDER"] == str(tmp_path / "evaluation")
     used = [address for c in children.values() for address in (c.address, c.metrics)]
-    assert len(set(used)) == 10
+    assert len(set(used)) == 12
 
 
 def test_a_weaviate_server_that_runs_already_is_used(tmp_path: Path) -> None:

@@ -148,7 +148,7 @@ def test_too_few_questions_say_how_many_are_missing() -> None:
 
 
 def test_too_few_clusters_do_not_decide() -> None:
-    whole = replace(part({"base": 0.0, "rag": 0.8}), clusters=29)
+    whole = replace(part({"base": 0.0, "rag": 0.8}), clusters=4)
     assert codes(decide(plan(BASE, RAG), whole, {})) == ["not_enough_evidence"]
 
 

@@ -28,7 +28,7 @@ from services.evaluation.failures import right_answers
 from services.evaluation.judge import Judge
 from services.evaluation.scoring import score
 from services.runtime.call import outgoing
-from services.runtime.errors import Overloaded, ServiceError, Unavailable, downstream
+from services.runtime.errors import ServiceError, Unavailable, downstream
 from services.runtime.threads import in_thread
 
 PATHS: dict[PathName, Path.ValueType] = {
@@ -49,6 +49,11 @@ class Gateway:
     retrieval: RetrievalServiceStub
     tuning: TuningServiceStub
     embedding: EmbeddingServiceStub
+
+
+def passes(error: ServiceError) -> bool:
+    """Say whether trying again later may help: a service is away, or busy."""
+    return isinstance(error, Unavailable) or error.reason == "QUEUE_FULL"
 
 
 class Patience:
@@ -107,11 +112,11 @@ class Asker:
             answer.time.GetCurrentTime()
             try:
                 await self._answered(request, answer)
-            except (Unavailable, Overloaded) as error:
-                await patience.wait(error)
             except ServiceError as error:
-                answer.error = error.reason
-                return answer
+                if not passes(error):
+                    answer.error = error.reason
+                    return answer
+                await patience.wait(error)
             except RuntimeError:
                 answer.error = "INTERNAL"
                 return answer

@@ -6,9 +6,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from tworoads.v1 import embedding_pb2, retrieval_pb2, tuning_pb2
+from tworoads.v1 import answer_pb2, embedding_pb2, retrieval_pb2, tuning_pb2
 
-from services.evaluation.asking import Gateway, Patience
+from services.evaluation.asking import Gateway, Patience, passes
 from services.evaluation.comparison import Question
 from services.questions import fields
 from services.questions.lines import BadLine, Lines, parse
@@ -43,10 +43,20 @@ class Gatherer:
         self._gateway = gateway
         self._patience_seconds = patience_seconds
 
+    async def model(self) -> str:
+        """Return the name of the language model; empty while generation is away."""
+        request = answer_pb2.GetServerInfoRequest()
+        response = await self.patiently(
+            lambda: self._gateway.answers.GetServerInfo(request, **_time())
+        )
+        return str(response.model)
+
     async def corpus(self, name: str) -> retrieval_pb2.Corpus:
         """Return a corpus. Raises NotFound (CORPUS_NOT_FOUND)."""
         request = retrieval_pb2.GetCorpusRequest(name=name)
-        response = await self._call(lambda: self._gateway.retrieval.GetCorpus(request, **_time()))
+        response = await self.patiently(
+            lambda: self._gateway.retrieval.GetCorpus(request, **_time())
+        )
         corpus: retrieval_pb2.Corpus = response.corpus
         return corpus
 
@@ -56,7 +66,9 @@ class Gatherer:
         async def there(id: str) -> str:
             request = retrieval_pb2.GetDocumentRequest(corpus=corpus, id=id, end=0)
             try:
-                await self._call(lambda: self._gateway.retrieval.GetDocument(request, **_time()))
+                await self.patiently(
+                    lambda: self._gateway.retrieval.GetDocument(request, **_time())
+                )
             except (NotFound, InvalidInput):
                 return ""
             return id
@@ -71,7 +83,9 @@ class Gatherer:
             request = retrieval_pb2.SearchRequest(
                 corpus=corpus, query=question.question, limit=PASSAGES
             )
-            response = await self._call(lambda: self._gateway.retrieval.Search(request, **_time()))
+            response = await self.patiently(
+                lambda: self._gateway.retrieval.Search(request, **_time())
+            )
             ids = dict.fromkeys(passage.document_id for passage in response.passages)
             return question.line, tuple(ids)[:DOCUMENTS]
 
@@ -81,7 +95,9 @@ class Gatherer:
         """Return what training an adapter took; None if unknown."""
         request = tuning_pb2.GetAdapterRequest(adapter=adapter)
         try:
-            response = await self._call(lambda: self._gateway.tuning.GetAdapter(request, **_time()))
+            response = await self.patiently(
+                lambda: self._gateway.tuning.GetAdapter(request, **_time())
+            )
         except NotFound:  # deleted meanwhile
             return None
         found = response.adapter
@@ -103,7 +119,7 @@ class Gatherer:
             return found
 
         try:
-            return await self._call(download)
+            return await self.patiently(download)
         except (NotFound, NotReady):
             return None
 
@@ -124,17 +140,20 @@ class Gatherer:
             request = embedding_pb2.EmbedRequest(
                 texts=texts[start : start + TEXTS], kind=embedding_pb2.EMBED_KIND_QUERY
             )
-            parts.append(await self._call(embed))
+            parts.append(await self.patiently(embed))
         vectors = [vector.values for part in parts for vector in part.vectors]
         return np.array(vectors, np.float32), parts[0].model_hash
 
-    async def _call(self, call: Callable[[], Awaitable[T]]) -> T:
+    async def patiently(self, call: Callable[[], Awaitable[T]]) -> T:
+        """Return what a call does, tried again while a service is away."""
         patience = Patience(self._patience_seconds)
         while True:
             try:
                 with downstream("gateway"):
                     return await call()
             except (Unavailable, Overloaded) as error:
+                if not passes(error):
+                    raise
                 await patience.wait(error)
 
 

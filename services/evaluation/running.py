@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
-from tworoads.v1 import answer_pb2, retrieval_pb2
 from tworoads.v1 import evaluation_pb2 as pb
+from tworoads.v1 import retrieval_pb2
 
 from services.evaluation import answers as kept
 from services.evaluation.answers import PHASES, AnswerFile
@@ -36,7 +36,7 @@ from services.evaluation.outcome import Outcome
 from services.evaluation.questions import load
 from services.runtime.call import outgoing
 from services.runtime.disk import space
-from services.runtime.errors import NotFound, ServiceError, downstream
+from services.runtime.errors import NotFound, ServiceError
 from services.runtime.status import real_status
 from services.runtime.threads import in_thread
 
@@ -45,6 +45,7 @@ NOTE_SECONDS = 1.0
 WRITE_SECONDS = 0.5
 GIVEN_UP = 20  # failures with one reason and no answer, after which a candidate is not asked again
 CHUNK = 512 * 1024  # bytes
+DOCUMENTS = "documents.json"
 SEARCHES = "searches.json"
 SENT = "changed.json"
 
@@ -111,6 +112,7 @@ class _Run:
             self._count(oracles, stale)
             await self._answers()
             await self._oracle(oracles)
+            await self._write()  # before the documents change, for good
             found = await self._searches()
             sent, indexing = await self._change_documents() if self._changing else (0.0, {})
             await self._staleness(stale)
@@ -131,11 +133,7 @@ class _Run:
             self._tally.add(answer.candidate, answer.strict, answer.format_blind, answer.error)
         changes: dict[str, Any] = {}
         if not self._comparison.model:
-            with downstream("gateway"):
-                info = await self._gateway.answers.GetServerInfo(
-                    answer_pb2.GetServerInfoRequest(), **outgoing(10)
-                )
-            changes["model"] = info.model
+            changes["model"] = await self._gatherer.model()
         if self._plan.corpus and not self._comparison.corpus_version:
             try:
                 changes["corpus_version"] = (await self._gatherer.corpus(self._plan.corpus)).version
@@ -145,15 +143,25 @@ class _Run:
             self._comparison = await change(changes)
 
     async def _oracle_questions(self) -> dict[str, list[Question]]:
-        """Return what is asked with the relevant documents alone, by candidate."""
-        known: dict[str, frozenset[str]] = {}
+        """Return what is asked with the relevant documents alone, by candidate. Which of these
+        there are is looked up once: later ones may be what the change brings."""
+        path = self._folder / DOCUMENTS
+        corpora = {
+            id: self._candidate(id).corpus or self._plan.corpus
+            for id in self._plan.oracles().values()
+        }
+        if not path.exists():
+            ids = {id for question in self._questions for id in question.relevant}
+            made = {
+                corpus: sorted(await self._gatherer.known(corpus, ids))
+                for corpus in sorted(set(corpora.values()))
+            }
+            await in_thread(_write, path, json.dumps(made))
+        known = json.loads(await in_thread(path.read_text))
         found = {}
-        for id in set(self._plan.oracles().values()):
-            corpus = self._candidate(id).corpus or self._plan.corpus
-            if corpus not in known:
-                ids = (id for question in self._questions for id in question.relevant)
-                known[corpus] = await self._gatherer.known(corpus, ids)
-            questions = (oracle_question(q, known[corpus]) for q in self._questions)
+        for id, corpus in corpora.items():
+            there = frozenset(known[corpus])
+            questions = (oracle_question(question, there) for question in self._questions)
             found[id] = [question for question in questions if question]
         return found
 
@@ -243,11 +251,12 @@ class _Run:
         if not path.exists():
             asked = [question for question in self._questions if question.relevant]
             corpora = {one.corpus for one in self._plan.candidates if one.searches}
-            made = {
-                corpus: await self._gatherer.found(corpus, asked)
-                for corpus in sorted(corpora)
-                if asked
-            }
+            made = {}
+            for corpus in sorted(corpora) if asked else ():
+                try:
+                    made[corpus] = await self._gatherer.found(corpus, asked)
+                except ServiceError:  # what its candidates answered says more
+                    continue
             await in_thread(_write, path, json.dumps(made))
         read = json.loads(await in_thread(path.read_text))
         return {
@@ -261,10 +270,11 @@ class _Run:
         path = self._folder / SENT
         sent = json.loads(await in_thread(path.read_text)) if path.exists() else {}
         if "seconds" not in sent:
-            sent = {"time": time.time()}
-            await in_thread(_write, path, json.dumps(sent))
+            if "time" not in sent:  # of the first try: some may have been replaced by it
+                sent = {"time": time.time()}
+                await in_thread(_write, path, json.dumps(sent))
             start = time.perf_counter()
-            changed = await self._put_documents()
+            changed = await self._gatherer.patiently(self._put_documents)
             seconds = time.perf_counter() - start
             documents = (await self._gatherer.corpus(self._plan.corpus)).documents
             sent["seconds"] = seconds * documents / max(changed, 1)
@@ -273,21 +283,18 @@ class _Run:
 
     async def _put_documents(self) -> int:
         count = 0
-        with downstream("gateway"):
-            call = self._gateway.retrieval.PutDocuments(
-                self._documents(), metadata=outgoing()["metadata"]
-            )
-            try:
-                async with real_status(call):
-                    async for response in call:
-                        result = response.result
-                        count += response.HasField("result")
-                        if result.outcome == retrieval_pb2.DOCUMENT_OUTCOME_FAILED:
-                            raise ComparisonFailed(
-                                "DOCUMENT_INVALID", f"{result.id}: {result.message}"
-                            )
-            finally:
-                call.cancel()
+        call = self._gateway.retrieval.PutDocuments(
+            self._documents(), metadata=outgoing()["metadata"]
+        )
+        try:
+            async with real_status(call):
+                async for response in call:
+                    result = response.result
+                    count += response.HasField("result")
+                    if result.outcome == retrieval_pb2.DOCUMENT_OUTCOME_FAILED:
+                        raise ComparisonFailed("DOCUMENT_INVALID", f"{result.id}: {result.message}")
+        finally:
+            call.cancel()
         return count
 
     async def _documents(self) -> AsyncIterator[retrieval_pb2.PutDocumentsRequest]:
@@ -321,7 +328,7 @@ class _Run:
             texts = [question.question for question in self._questions]
             try:
                 embeddings, embedder = await self._gatherer.embeddings(texts)
-            except ServiceError:  # then there is no router
+            except (ServiceError, ComparisonFailed, RuntimeError):  # then there is no router
                 pass
         answers = await in_thread(kept.load, self._folder / ANSWERS)
         measured = Measured(
