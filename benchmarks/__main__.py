@@ -2,7 +2,8 @@
 
 They measure a stack of their own, in a temporary data folder. Those that need a question set run if
 TWOROADS_DATA names its folder. Each is a command by itself as well, with a running stack. Not among
-them: `benchmarks.tuned`, which trains for half an hour on question sets of its own kinds.
+them: `benchmarks.tuned`, which trains for half an hour on question sets of its own kinds, and
+`benchmarks.comparison`, which takes a question file and a corpus.
 """
 
 import os
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from benchmarks.stack import own_stack
 
-BEFORE = ("embedding", "start", "training", "lora")  # without a stack
+BEFORE = ("simulated", "embedding", "start", "training", "lora")  # without a stack
 OF_A_STACK = ("generation", "gateway", "ingest", "first_use")
 OF_QUESTIONS = ("retrieval", "answers")  # of a stack as well
 
