@@ -26,6 +26,7 @@ The stack goes on running. What to try next (with .venv/bin on the PATH):
   tworoads search "torque sensor warranty" --corpus handbook
   tworoads tune examples/house-style.jsonl --name house --corpus handbook --epochs 1   # some minutes
   tworoads ask "What is the emergency number?" --path hybrid --adapter house --corpus handbook
+  tworoads compare examples/handbook-questions.jsonl --corpus handbook --report report.html   # some minutes
   tworoads ingest YOUR_FOLDER --corpus mine
 `make stop` stops it.
 NEXT
