@@ -105,6 +105,7 @@ class FakeGeneration(GenerationServiceServicer):
         self.error: Exception | None = None
         self.adapter_error: Exception | None = None  # of requests with an adapter
         self.hold_after: int | None = None  # words, after which it waits to be cancelled
+        self.hold_from: int | None = None  # requests, behind which all wait to be cancelled
         self.running = 0
 
     async def Generate(self, request, context):
@@ -115,6 +116,8 @@ class FakeGeneration(GenerationServiceServicer):
         self.requests.append(request)
         self.running += 1
         try:
+            if self.hold_from is not None and len(self.requests) > self.hold_from:
+                await asyncio.Event().wait()
             parts = [p.id for m in request.messages for p in m.parts if p.droppable]
             used = parts[: self.parts_that_fit]
             prompt = generation_pb2.PromptInfo(tokens=100, used_parts=used)

@@ -1,5 +1,6 @@
 """EvaluationService over the real gateway and retrieval, with fake models."""
 
+import asyncio
 import hashlib
 import json
 from collections.abc import AsyncIterator, Iterable
@@ -220,31 +221,40 @@ async def test_a_service_that_is_away_is_waited_for(stack, evaluation):
     assert all(not result.errors for result in found.results)
 
 
+async def held(stack: SmallStack, evaluation, answers: int) -> pb.Comparison:
+    """Return a comparison that waits for its next answer behind so many."""
+    stack.generation.hold_from = answers
+    comparison, _ = await created(evaluation, upload(questions(), concurrency=2))
+    async with asyncio.timeout(20):
+        while len(stack.generation.requests) < answers + 2:
+            await asyncio.sleep(0.01)
+    return comparison
+
+
 async def test_a_restarted_service_goes_on_and_asks_nothing_twice(tmp_path):
     async with a_stack(tmp_path) as stack, connect(stack.address, ANSWERS, EVALUATION) as channel:
-        evaluation = EvaluationServiceStub(channel)
-        stack.generation.hold_after = 1  # words
-        comparison, _ = await created(evaluation, upload(questions(), concurrency=2))
-        folder = stack.comparisons._folder / comparison.id
-    first = (folder / ANSWERS_FILE).read_bytes() if (folder / ANSWERS_FILE).exists() else b""
-    torn = folder / ANSWERS_FILE
-    torn.write_bytes(first + b'{"candidate": "ba')
+        comparison = await held(stack, EvaluationServiceStub(channel), 20)
+        file = tmp_path / "evaluation" / "comparisons" / comparison.id / ANSWERS_FILE
+    kept = file.read_bytes()
+    assert kept.count(b"\n") == 20
+    file.write_bytes(kept + b'{"candidate": "ba')  # as a kill leaves it
     async with a_stack(tmp_path) as stack, connect(stack.address, ANSWERS, EVALUATION) as channel:
         evaluation = EvaluationServiceStub(channel)
         found = await ended(evaluation, comparison.id)
         assert found.state == FINISHED, (found.reason, found.message)
         answers = await answers_of(evaluation, comparison.id)
-        asked = [(answer.candidate, answer.line, answer.phase) for answer in answers]
-        assert len(asked) == len(set(asked)) == 3 * COUNT
+        assert len(stack.generation.requests) == 3 * COUNT - 20
+    assert file.read_bytes().startswith(kept)
+    asked = [(answer.candidate, answer.line, answer.phase) for answer in answers]
+    assert len(asked) == len(set(asked)) == 3 * COUNT
 
 
 async def test_a_cancelled_comparison_keeps_its_answers_and_has_no_report(stack, evaluation):
-    stack.generation.hold_after = 1
-    comparison, _ = await created(evaluation, upload(questions()))
+    comparison = await held(stack, evaluation, 10)
     request = pb.CancelComparisonRequest(id=comparison.id)
     cancelled = (await evaluation.CancelComparison(request)).comparison
     assert cancelled.state == pb.COMPARISON_STATE_CANCELLED
-    await answers_of(evaluation, comparison.id)
+    assert len(await answers_of(evaluation, comparison.id)) == 10
     with pytest.raises(grpc.aio.AioRpcError) as error:
         async for _ in evaluation.DownloadReport(
             pb.DownloadReportRequest(comparison=comparison.id, format=1)
@@ -277,6 +287,35 @@ async def test_one_idempotency_key_makes_one_comparison(evaluation):
     with pytest.raises(grpc.aio.AioRpcError) as error:
         await created(evaluation, upload(questions(31), idempotency_key="k"))
     assert reason_of(error) == (grpc.StatusCode.ALREADY_EXISTS, "IDEMPOTENCY_KEY_REUSED")
+
+
+async def test_questions_that_a_candidate_is_shown_are_not_scored(evaluation):
+    turns = [answer_pb2.Turn(question=f"Who leads {name}?", answer="Ann") for name in NAMES[:3]]
+    shown = pb.Candidate(
+        id="shown", path=PATH_BASE, options=answer_pb2.AnswerOptions(examples=turns)
+    )
+    comparison, _ = await created(evaluation, upload(questions(), candidates=[*BOTH, shown]))
+    assert comparison.questions == COUNT - 3
+
+
+async def test_answers_are_listed_by_candidate_and_phase(evaluation):
+    comparison = await compared(evaluation, upload(questions()))
+    request = pb.ListAnswersRequest(
+        comparison=comparison.id,
+        candidate="base",
+        phase=pb.COMPARISON_PHASE_ANSWERS,
+        page_size=COUNT,
+    )
+    page = await evaluation.ListAnswers(request)
+    assert [answer.candidate for answer in page.answers] == ["base"] * COUNT
+    request.candidate = "none"
+    with pytest.raises(grpc.aio.AioRpcError) as error:
+        await evaluation.ListAnswers(request)
+    assert reason_of(error) == (MISSING, "CANDIDATE_NOT_FOUND")
+    request = pb.ListAnswersRequest(comparison=comparison.id, page_token="?")
+    with pytest.raises(grpc.aio.AioRpcError) as error:
+        await evaluation.ListAnswers(request)
+    assert reason_of(error) == (INVALID, "PAGE_TOKEN_INVALID")
 
 
 INVALID, MISSING = grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND

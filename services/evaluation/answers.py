@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import get_args
 
@@ -59,8 +60,8 @@ def page(
     candidate and one phase if these are given; and whether more follow. Blocks."""
     found: list[pb.ComparisonAnswer] = []
     filled = 0
-    for answer in _read(path):
-        if answer.sequence <= after or (candidate and answer.candidate != candidate):
+    for answer in _read(path, after):
+        if candidate and answer.candidate != candidate:
             continue
         if phase and answer.phase != phase:
             continue
@@ -104,11 +105,12 @@ def _line(answer: pb.ComparisonAnswer) -> bytes:
     return MessageToJson(answer, preserving_proto_field_name=True, indent=None).encode() + b"\n"
 
 
-def _read(path: Path) -> Iterator[pb.ComparisonAnswer]:
+def _read(path: Path, after: int = 0) -> Iterator[pb.ComparisonAnswer]:
+    """Yield the answers behind a sequence number, which is the number of the line."""
     if not path.exists():
         return
     with path.open("rb") as lines:
-        for line in lines:
+        for line in islice(lines, after, None):
             if line.endswith(b"\n"):  # else it is being written
                 yield Parse(line, pb.ComparisonAnswer())
 

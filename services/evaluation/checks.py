@@ -107,7 +107,7 @@ def start(given: pb.CreateComparisonStart) -> Start:
 
 def candidate(given: pb.Candidate, corpus: str) -> Candidate:
     """Return a candidate as it was asked for. Raises InvalidInput (CANDIDATE_INVALID,
-    CORPUS_MISSING, ADAPTER_MISSING)."""
+    CORPUS_MISSING, ADAPTER_MISSING, EXAMPLES_INVALID)."""
     if not ID.fullmatch(given.id):
         raise InvalidInput(
             "CANDIDATE_INVALID", "a candidate's id is 1 to 64 of a-z, 0-9, '.', '_' and '-'"
@@ -128,6 +128,8 @@ def candidate(given: pb.Candidate, corpus: str) -> Candidate:
         raise InvalidInput("CANDIDATE_INVALID", "pinned documents are not compared")
     if options.limit > MOST_PASSAGES or len(options.examples) > MOST_EXAMPLES:
         raise InvalidInput("CANDIDATE_INVALID", f"{given.id} asks for too many passages or turns")
+    if not all(turn.question.strip() and turn.answer.strip() for turn in options.examples):
+        raise InvalidInput("EXAMPLES_INVALID", "an example has a question and an answer")
     text = MessageToJson(options, preserving_proto_field_name=True, indent=None)
     return Candidate(given.id, path, given.adapter, searched, text)
 

@@ -51,7 +51,8 @@ class Planner:
         """Return the plan for a question set."""
         scoring = await in_thread(chosen, questions, *start.scoring)
         examples = start.examples
-        unscored = _lines_of(questions, examples)
+        shown = [pair for candidate in start.candidates for pair in _shown(candidate)]
+        unscored = _lines_of(questions, [*examples, *shown])
         if not examples and not start.candidates and start.shots:
             examples, unscored = await self._examples(start, questions)
         if len(unscored) == len(questions):
@@ -128,6 +129,12 @@ def _candidates(start: Start, examples: Sequence[tuple[str, str]]) -> tuple[Cand
         if start.corpus:
             found.append(Candidate(f"hybrid{end}", "hybrid", adapter, start.corpus))
     return tuple(found)
+
+
+def _shown(candidate: Candidate) -> list[tuple[str, str]]:
+    """Return the examples in a candidate's own options."""
+    turns = json.loads(candidate.options).get("examples", [])
+    return [(turn.get("question", ""), turn.get("answer", "")) for turn in turns]
 
 
 def _lines_of(
