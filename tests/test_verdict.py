@@ -202,12 +202,12 @@ def test_overlap_with_training_data_is_counted_with_both_scores() -> None:
     whole = changed(
         part({"base": 0.3, "tuned": 0.9}),
         "tuned",
-        overlap=Overlap(12, 7, 3, 2, (1, 2)),
+        overlap=Overlap(100, 7, 3, 2, (1, 2)),
         without_overlap=Scores(88, near(0.85), near(0.85)),
     )
     verdict = decide(plan(BASE, TUNED), whole, {})
     (text,) = [text for text in verdict.unknown if "training data of tuned:" in text]
-    assert "12 questions" in text
+    assert "12 of 100 questions" in text
     assert "7 exactly, 3 nearly, 2 by document" in text
     assert "90 % with them and 85 % without" in text
 

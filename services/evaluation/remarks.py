@@ -100,9 +100,10 @@ def _of_one(board: Scoreboard, one: Candidate) -> list[str]:
         told.append(f"{result.degraded} answers of {one.id} were degraded; they are scored as is.")
     overlap = result.overlap
     score = board.score(one.id)
-    if overlap and overlap.questions and score:
+    shared = overlap.exact + overlap.near + overlap.shared_document if overlap else 0
+    if overlap and shared and score:
         text = (
-            f"{overlap.questions} questions are also in the training data of {one.id}: "
+            f"{shared} of {overlap.questions} questions are also in the training data of {one.id}: "
             f"{overlap.exact} exactly, {overlap.near} nearly, {overlap.shared_document} by "
             f"document. It scores {percent(score.value)} with them"
         )
