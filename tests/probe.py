@@ -25,6 +25,7 @@ from tworoads.v1.retrieval_pb2 import (
 )
 
 from services.runtime.channel import connect
+from services.runtime.gate import Gate
 from services.runtime.server import OPTIONS, Server, run, running
 from services.runtime.settings import ServerSettings
 
@@ -149,14 +150,14 @@ def handlers(
 async def probe(
     add: Callable[[grpc.aio.Server], None] | None = None,
     *,
-    trusted: bool = True,
+    gate: Gate | None = None,
     max_running: int = 256,
     max_waiting: int = 256,
     **methods: Any,
 ) -> AsyncIterator[Probe]:
     """Serve `methods` (see `handlers`) on a free port of the loopback interface."""
     settings = ServerSettings(max_running=max_running, max_waiting=max_waiting, grace_seconds=0)
-    async with running(settings, NAMES, trusted) as server:
+    async with running(settings, NAMES, gate) as server:
         await server.serve(add or handlers(**methods))
         async with connect(f"127.0.0.1:{server.port}", *NAMES) as channel:
             yield Probe(server, channel)

@@ -49,6 +49,7 @@ from services.retrieval.stores.lancedb import LanceStore
 from services.retrieval.stores.store import Store
 from services.runtime.channel import connect
 from services.runtime.database import Database
+from services.runtime.gate import Open
 from services.runtime.server import Server, running
 from services.runtime.settings import ServerSettings
 from tests.fake_tuning import TUNING, FakeTuning
@@ -191,7 +192,7 @@ async def small_stack(
         retrieval_stack(store, embedding, **options) as (retrieval_server, embedding_server),
         running(settings, [GENERATION]) as generation_server,
         running(settings, [TUNING]) as tuning_server,
-        running(settings, [ANSWERS, *PUBLIC], trusted=False) as gateway,
+        running(settings, [ANSWERS, *PUBLIC], Open()) as gateway,
         connect(f"127.0.0.1:{retrieval_server.port}", RETRIEVAL) as retrieval,
         connect(f"127.0.0.1:{embedding_server.port}", EMBEDDING) as embedding_channel,
         connect(f"127.0.0.1:{generation_server.port}", GENERATION) as generation_channel,

@@ -16,6 +16,7 @@ from tworoads.v1.retrieval_pb2 import PutDocumentsRequest, PutDocumentsResponse
 from services.runtime import interceptors
 from services.runtime.call import MARGIN, current, outgoing, tenant
 from services.runtime.errors import NotFound, error_info
+from services.runtime.gate import Gate, Inside, Open
 from services.runtime.logs import JsonFormatter
 from tests.probe import EMBEDDING, failure, probe, raising, soon
 
@@ -112,11 +113,11 @@ async def test_a_timeout_of_the_servicers_own_is_a_bug_and_not_the_callers_deadl
         assert (await failure(server.embed(timeout=30))).code() == StatusCode.INTERNAL
 
 
-async def seen_call(trusted: bool = True, **kwargs: Any) -> tuple[str, str]:
+async def seen_call(gate: Gate | None = None, **kwargs: Any) -> tuple[str, str]:
     async def embed(request: Any, context: Any) -> EmbedResponse:
         return EmbedResponse(model_hash=f"{current.get().request_id} {tenant()}")
 
-    async with probe(embed=embed, trusted=trusted) as server:
+    async with probe(embed=embed, gate=gate) as server:
         request_id, name = (await server.embed(**kwargs)).model_hash.split()
         return request_id, name
 
@@ -132,9 +133,9 @@ async def test_an_unfit_request_id_is_replaced(given: str) -> None:
     assert request_id != given and len(request_id) == 32
 
 
-@pytest.mark.parametrize(("trusted", "expected"), [(True, "acme"), (False, "default")])
-async def test_the_tenant_is_taken_from_trusted_callers_only(trusted: bool, expected: str) -> None:
-    _, name = await seen_call(trusted, metadata=(("x-tworoads-tenant", "acme"),))
+@pytest.mark.parametrize(("gate", "expected"), [(Inside(), "acme"), (Open(), "default")])
+async def test_the_tenant_is_taken_from_our_own_services_only(gate: Gate, expected: str) -> None:
+    _, name = await seen_call(gate, metadata=(("x-tworoads-tenant", "acme"),))
     assert name == expected
 
 

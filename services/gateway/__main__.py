@@ -13,6 +13,7 @@ from services.gateway.forward import PUBLIC, Forwarder
 from services.gateway.service import AnswerService
 from services.gateway.settings import Settings
 from services.runtime.channel import connect
+from services.runtime.gate import Open
 from services.runtime.server import run, running
 
 RETRIEVAL = "tworoads.v1.RetrievalService"
@@ -25,7 +26,7 @@ EVALUATION = "tworoads.v1.EvaluationService"
 async def main(settings: Settings) -> None:
     name = DESCRIPTOR.services_by_name["AnswerService"].full_name
     async with (
-        running(settings, [name, *PUBLIC], trusted=False) as server,
+        running(settings, [name, *PUBLIC], Open()) as server,
         connect(settings.retrieval, RETRIEVAL) as retrieval,
         connect(settings.embedding, EMBEDDING) as embedding,
         connect(settings.generation, GENERATION) as generation,

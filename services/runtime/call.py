@@ -1,4 +1,4 @@
-"""What travels with a call: its request id, its tenant and its deadline.
+"""What travels with a call: its request id, who makes it for whom, and its deadline.
 
 The server interceptor sets it on the way in, `outgoing` puts it on every call that goes further.
 """
@@ -9,10 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from services.runtime.errors import TooLate
+from services.runtime.gate import DEFAULT_TENANT, PRINCIPAL, REQUEST_ID, TENANT, Caller, Entry
 
-REQUEST_ID = "x-request-id"
-TENANT = "x-tworoads-tenant"
-DEFAULT_TENANT = "default"
 MARGIN = 0.05  # seconds kept back, so that the answer of a call that timed out still gets home
 
 
@@ -22,7 +20,9 @@ class Call:
 
     request_id: str = "-"
     tenant: str = DEFAULT_TENANT
+    principal: str = ""
     deadline: float | None = None
+    entry: Entry = field(default=Entry(Caller()), compare=False)
     started: float = field(default_factory=time.monotonic)
 
 
@@ -48,6 +48,10 @@ def outgoing(at_most: float | None = None) -> dict[str, Any]:
             raise TooLate("DEADLINE", "the time for this call is over")
         timeout = remaining if at_most is None else min(at_most, remaining)
     return {
-        "metadata": ((REQUEST_ID, call.request_id), (TENANT, call.tenant)),
+        "metadata": (
+            (REQUEST_ID, call.request_id),
+            (TENANT, call.tenant),
+            (PRINCIPAL, call.principal),
+        ),
         "timeout": timeout,
     }

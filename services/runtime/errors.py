@@ -51,6 +51,18 @@ class InvalidInput(ServiceError):
     code = StatusCode.INVALID_ARGUMENT
 
 
+class Unauthenticated(ServiceError):
+    """Nobody knows who calls. The caller brings a valid key."""
+
+    code = StatusCode.UNAUTHENTICATED
+
+
+class Forbidden(ServiceError):
+    """The caller is known and may not do this."""
+
+    code = StatusCode.PERMISSION_DENIED
+
+
 class NotFound(ServiceError):
     """The named thing does not exist, or is another tenant's."""
 

@@ -16,7 +16,7 @@ from grpc_status import rpc_status
 
 from services.runtime import metrics
 from services.runtime.admission import Admission
-from services.runtime.call import DEFAULT_TENANT, REQUEST_ID, TENANT, Call, current
+from services.runtime.call import Call, current
 from services.runtime.errors import (
     InvalidInput,
     ServiceError,
@@ -25,6 +25,7 @@ from services.runtime.errors import (
     Unavailable,
     from_rpc,
 )
+from services.runtime.gate import REQUEST_ID, Caller, Entry, Gate
 
 OURS = "/tworoads."
 DEFAULT_SECONDS = 60.0
@@ -39,14 +40,13 @@ log = logging.getLogger(__name__)
 class CallInterceptor(grpc.aio.ServerInterceptor):
     """Gives each call its identity, deadline and place, logs it once, turns errors into a status.
 
-    `trusted` servers take the tenant from the caller's metadata, since only our own services call
-    them; the gateway does not. Streams of responses must be async generators.
+    `gate` says who may call. Streams of responses must be async generators.
     """
 
-    def __init__(self, admission: Admission, trusted: bool) -> None:
+    def __init__(self, admission: Admission, gate: Gate) -> None:
         self.serving = False
         self._admission = admission
-        self._trusted = trusted
+        self._gate = gate
         self._under_way = 0
         self._none_under_way = asyncio.Event()
         self._none_under_way.set()
@@ -74,12 +74,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             return grpc.unary_unary_rpc_method_handler(_refuse)
         if handler is None:
             return None
-        metadata = dict(handler_call_details.invocation_metadata)
-        call = Call(
-            request_id=_request_id(metadata.get(REQUEST_ID)),
-            tenant=str(metadata.get(TENANT, DEFAULT_TENANT)) if self._trusted else DEFAULT_TENANT,
-        )
-        return _Guard(handler, method, call, self._admission, self._begin).guarded()
+        return _Guard(handler, method, self._gate, self._admission, self._begin).guarded()
 
 
 class _Guard:
@@ -93,13 +88,14 @@ class _Guard:
         self,
         handler: Any,
         method: str,
-        call: Call,
+        gate: Gate,
         admission: Admission,
         begin: Callable[[Any], None],
     ) -> None:
         self._handler = handler
         self._method = method
-        self._call = call
+        self._gate = gate
+        self._entry = Entry(Caller())
         self._admission = admission
         self._begin = begin
         self._long = handler.request_streaming or method.rpartition("/")[2].startswith(LONG)
@@ -137,7 +133,8 @@ class _Guard:
     def _request(self, raw: Any) -> Any:
         parse = self._handler.request_deserializer
         if self._handler.request_streaming:
-            return _requests(raw, parse)
+            return _requests(raw, parse, self._entry)
+        self._entry.received(len(raw))
         return _parsed(raw, parse)
 
     @asynccontextmanager
@@ -146,9 +143,16 @@ class _Guard:
         start = time.monotonic()
         seconds = self._seconds(context)
         deadline = None if seconds is None else start + seconds
-        current.set(replace(self._call, deadline=deadline, started=start))
+        metadata = context.invocation_metadata()
+        call = Call(_request_id(dict(metadata).get(REQUEST_ID)), deadline=deadline, started=start)
+        current.set(call)
         code = grpc.StatusCode.CANCELLED
         try:
+            self._entry = self._gate.enter(self._method, metadata, context.auth_context())
+            caller = self._entry.caller
+            current.set(
+                replace(call, tenant=caller.tenant, principal=caller.principal, entry=self._entry)
+            )
             async with asyncio.timeout(seconds) as limit, self._admission.admit():
                 with metrics.running(self._method):
                     yield
@@ -166,9 +170,10 @@ class _Guard:
             else:
                 code = grpc.StatusCode.INTERNAL
                 log.error("%s failed", self._method, exc_info=problem)
-                await context.abort(code, f"internal error, request {self._call.request_id}")
+                await context.abort(code, f"internal error, request {call.request_id}")
         finally:
             seconds = time.monotonic() - start
+            self._entry.ended(code.name, seconds)
             metrics.finished(self._method, code.name, seconds)
             log.info("%s %s %.1f ms", self._method, code.name, seconds * 1e3)
 
@@ -194,16 +199,17 @@ def _parsed(raw: Any, parse: Callable[[Any], Any] | None) -> Any:
 
 
 async def _requests(
-    raw: AsyncIterator[Any], parse: Callable[[Any], Any] | None
+    raw: AsyncIterator[Any], parse: Callable[[Any], Any] | None, entry: Entry
 ) -> AsyncIterator[Any]:
     """Pass a stream of requests on; raise TooLate (IDLE) when none comes for a minute."""
     end = object()
     iterator = aiter(raw)
     while True:
         async with _idle_limit("sent"):
-            request = await anext(iterator, end)
+            request: Any = await anext(iterator, end)
         if request is end:
             return
+        entry.received(len(request))
         yield _parsed(request, parse)
 
 

@@ -16,6 +16,7 @@ from grpc_reflection.v1alpha import reflection
 
 from services.runtime import logs, metrics
 from services.runtime.admission import Admission
+from services.runtime.gate import Gate, Inside
 from services.runtime.interceptors import CallInterceptor
 from services.runtime.settings import ServerSettings
 
@@ -106,14 +107,17 @@ class Server:
 
 @asynccontextmanager
 async def running(
-    settings: ServerSettings, names: Sequence[str], trusted: bool = True
+    settings: ServerSettings, names: Sequence[str], gate: Gate | None = None
 ) -> AsyncIterator[Server]:
     """Listen while the block runs, then drain. `names` are the full names of the services.
+
+    Without a `gate` the server is for our own services alone.
 
     Health is NOT_SERVING until `Server.serve`; calls are refused with UNAVAILABLE until then.
     Raises OSError if an address is taken.
     """
-    calls = CallInterceptor(Admission(settings.max_running, settings.max_waiting), trusted)
+    admission = Admission(settings.max_running, settings.max_waiting)
+    calls = CallInterceptor(admission, gate or Inside(settings.callers))
     with metrics.serving(settings.metrics) as metrics_port:
         grpc_server = grpc.aio.server(interceptors=[calls], options=list(OPTIONS.items()))
         try:
