@@ -379,10 +379,77 @@ def test_indexing_takes_time_only_where_there_is_a_search():
     assert result(outcome, "base").indexing_seconds is None
 
 
-def mixed(embedded=True):
+def by_heart(size=100, known=60, overlaps=None):
+    """Return what was measured of an adapter that has the answers to the first questions by heart,
+    and no others, while RAG finds three of four."""
+    given = answers("rag", [row % 4 for row in range(size)])
+    given += answers("tuned", [row < known for row in range(size)], first=1000)
+    if overlaps is None:
+        overlaps = {line: "exact" if line % 2 else "near" for line in range(1, known + 1)}
+    return measured(questions(size), given, (RAG, TUNED), overlaps={"tone@1": overlaps})
+
+
+def test_questions_that_an_adapter_was_trained_on_do_not_decide():
+    outcome = analyse(by_heart())
+    assert result(outcome, "tuned").scores.format_blind.value == 0.6  # what is shown has them
+    assert outcome.verdict.candidate == "rag"
+    assert (
+        "40 questions (60 more do not count, for adapters were trained" in outcome.verdict.summary
+    )
+    assert any("100 questions are also in the training" in one for one in outcome.verdict.unknown)
+
+
+def test_a_shared_document_alone_does_not_leave_a_question_out():
+    shared = dict.fromkeys(range(1, 61), "shared_document")
+    verdict = analyse(by_heart(overlaps=shared)).verdict
+    assert "100 questions." in verdict.summary or "more questions" in verdict.summary
+    assert "do not count" not in verdict.summary
+
+
+@pytest.mark.parametrize("known", [80, 100])
+def test_with_too_few_questions_that_no_adapter_has_seen_nothing_is_decided(known):
+    verdict = analyse(by_heart(known=known)).verdict
+    assert (verdict.candidate, verdict.reasons[0].code) == ("", "not_enough_evidence")
+    assert f"{100 - known} questions ({known} more do not count" in verdict.reasons[0].message
+    assert verdict.questions_needed == 30 - (100 - known)
+
+
+def test_what_failed_on_its_training_questions_alone_leaves_the_others_in():
+    plain = by_heart()
+    failed = [
+        replace(one, error="QUEUE_FULL", strict=None, format_blind=None)
+        if one.candidate == "tuned"
+        else one
+        for one in plain.answers
+    ]
+    verdict = analyse(replace(plain, answers=failed)).verdict
+    assert "on 100 questions" in verdict.summary
+
+
+def test_changed_documents_decide_by_the_answers_after_the_change():
+    # Before, the adapter had all by heart; afterwards it still says what is wrong now.
+    plain = by_heart(known=100)
+    asked = [replace(one, stale_answers=("old",)) for one in plain.questions[:50]]
+    after = answers("rag", [row % 4 for row in range(50)], first=3000, phase="staleness")
+    after += answers("tuned", [0] * 50, first=4000, phase="staleness")
+    outcome = analyse(
+        replace(
+            plain,
+            questions=[*asked, *plain.questions[50:]],
+            answers=[*plain.answers, *after],
+            changed_at=2500.0,
+        )
+    )
+    assert outcome.verdict.candidate == "rag"
+    assert "50 questions (50 more do not count" in outcome.verdict.summary
+    assert "50 count as answered after the change" in outcome.verdict.summary
+    assert result(outcome, "tuned").scores.format_blind.value == 1.0
+
+
+def mixed(embedded=True, size=140):
     """Return what was measured of two types of question: RAG alone knows the facts, the adapter
     alone has the tone, which is asked for more often. Embeddings tell them apart."""
-    knowing, size = 50, 140
+    knowing = 50
     asked = [
         Question(line, f"{line}?", ("x",), type="facts" if line <= knowing else "tone")
         for line in range(1, size + 1)
@@ -433,6 +500,23 @@ def test_types_that_want_different_candidates_get_a_router_that_beats_the_single
     assert verdict.router_regret.high < 0
     assert verdict.router.embedder_hash == "e" * 64
     assert [entry.type for entry in verdict.router.classes] == ["facts", "tone"]
+
+
+def test_where_no_road_is_best_for_all_each_type_has_its_own():
+    verdict = analyse(mixed(size=100)).verdict
+    taken = {type.type: type.candidate for type in verdict.types}
+    assert taken == {"facts": "rag", "tone": "tuned"}
+    assert verdict.candidate in ("rag", "tuned")
+    assert {reason.code for reason in verdict.reasons} >= {"knowledge_gap", "behaviour_gap"}
+    assert verdict.summary.startswith("No one road is best for all 100 questions.")
+    assert verdict.router and verdict.router_regret.high < 0
+    assert verdict.questions_needed == 0
+
+
+def test_types_that_nothing_tells_apart_leave_the_verdict_open():
+    verdict = analyse(mixed(embedded=False, size=100)).verdict
+    assert (verdict.candidate, verdict.reasons[0].code) == ("", "not_enough_evidence")
+    assert len(verdict.types) == 2
 
 
 def test_a_router_that_cannot_tell_types_apart_is_measured_and_not_used():

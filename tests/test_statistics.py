@@ -127,7 +127,7 @@ def test_each_score_has_its_own_difference_and_one_decides() -> None:
 
 
 @pytest.mark.parametrize(
-    ("questions", "decided"), [(1, False), (15, False), (50, False), (60, True), (400, True)]
+    ("questions", "decided"), [(1, False), (15, False), (40, False), (60, True), (400, True)]
 )
 def test_copies_are_the_same_only_on_enough_questions(questions: int, decided: bool) -> None:
     found = pair(np.ones(questions), np.ones(questions))

@@ -4,6 +4,7 @@ import gc
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +12,7 @@ from threadpoolctl import threadpool_limits
 
 from services.evaluation.comparison import Answer, Phase, Plan, Prices, Question
 from services.evaluation.failures import kinds
-from services.evaluation.measures import measures, scored
+from services.evaluation.measures import Bools, Rows, measures, scored
 from services.evaluation.outcome import (
     CandidateResult,
     FailureKind,
@@ -24,7 +25,9 @@ from services.evaluation.router import MOST_TYPES, train
 from services.evaluation.search_quality import search_quality
 from services.evaluation.staleness import changed
 from services.evaluation.statistics import clusters_of
-from services.evaluation.verdict import Part, decide
+from services.evaluation.verdict import Part, decide, each_its_own
+
+TRAINED_ON = ("exact", "near")  # a shared document alone gives no answer away
 
 
 @dataclass(frozen=True)
@@ -70,19 +73,65 @@ def _analysed(measured: Measured) -> Outcome:
     known = [answer for rows in answers.all() for answer in rows.values()]
     failure_of = kinds(measured.plan, measured.questions, known)
     material = _material(measured, answers, failure_of)
-    whole = material.part(np.arange(len(measured.questions)))
+    every = np.arange(len(measured.questions))
+    whole = material.part(every)
     rows_of = _types(measured.questions)
     types = {type: material.part(rows) for type, rows in rows_of.items()}
-    results = tuple(_with_types(result, types) for result in whole.results)
-    whole = replace(whole, results=results)
+    whole = replace(whole, results=tuple(_with_types(result, types) for result in whole.results))
+    deciding = Deciding.of(measured, material, answers)
+    if len(deciding.rows) < len(every) or deciding.changed.any():
+        part = deciding.part(every)
+        types = {type: deciding.part(rows) for type, rows in rows_of.items()}
+    else:
+        part = whole
     # With one type there is nothing to tell apart.
-    verdict = decide(measured.plan, whole, types if len(types) > 1 else {})
+    verdict = decide(measured.plan, part, types if len(types) > 1 else {}, whole)
     return Outcome(
-        results=results,
+        results=whole.results,
         differences=whole.differences,
-        verdict=_routed(measured, material, whole, verdict),
+        verdict=_routed(measured, deciding, part, verdict),
         failure_of=failure_of,
     )
+
+
+@dataclass(frozen=True)
+class Deciding:
+    """The answers that a verdict is decided on.
+
+    Where documents changed, those after the change count: that is how the world is now. Questions
+    that an adapter was trained on do not count, since they say nothing of questions to come; but
+    they do if their answer has changed since.
+    """
+
+    material: Material
+    rows: Rows
+    changed: Bools
+
+    @classmethod
+    def of(cls, measured: Measured, material: Material, answers: "_ByRow") -> Self:
+        size = len(measured.questions)
+        after = {one.id: answers.of(one.id, "staleness") for one in measured.plan.candidates}
+        changed = np.zeros(size, np.bool_)
+        changed[[row for asked in after.values() for row in asked]] = True
+        trained = {
+            line
+            for one in material.candidates
+            if not one.not_compared(np.arange(size))
+            for line, how in measured.overlaps.get(one.candidate.adapter, {}).items()
+            if how in TRAINED_ON
+        }
+        fair = changed | ~np.isin(material.lines, list(trained))
+        candidates = [
+            replace(one, scored=one.scored.replaced(changed, scored(after[one.candidate.id], size)))
+            for one in material.candidates
+        ]
+        return cls(replace(material, candidates=candidates), np.flatnonzero(fair), changed)
+
+    def part(self, rows: Rows) -> Part:
+        """Return what these of the questions say, as far as they count."""
+        fair = rows[np.isin(rows, self.rows)]
+        part = self.material.part(fair) if len(fair) else Part((), (), 0, 0)
+        return replace(part, trained=len(rows) - len(fair), changed=int(self.changed[fair].sum()))
 
 
 class _ByRow:
@@ -160,28 +209,34 @@ def _with_types(result: CandidateResult, types: Mapping[str, Part]) -> Candidate
     return replace(result, types=scores)
 
 
-def _routed(measured: Measured, material: Material, whole: Part, verdict: Verdict) -> Verdict:
+def _routed(measured: Measured, deciding: Deciding, part: Part, verdict: Verdict) -> Verdict:
     """Add a router to a verdict that differs by type: its regret, and itself if it is worth it."""
-    compared = {result.candidate for result in whole.results if not result.failed}
+    compared = {result.candidate for result in part.results if not result.failed}
     if not verdict.types or measured.embeddings is None or not compared:
         return verdict
+    rows = deciding.rows
     scores = {
-        one.candidate.id: one.scored.decides(measured.plan)
-        for one in material.candidates
+        one.candidate.id: one.scored.decides(measured.plan)[rows]
+        for one in deciding.material.candidates
         if one.candidate.id in compared
     }
     best = max(scores, key=lambda candidate: float(np.nanmean(scores[candidate])))
+    single = verdict.candidate or best
     trained = train(
-        types=[question.type for question in measured.questions],
-        embeddings=measured.embeddings,
+        types=[measured.questions[row].type for row in rows],
+        embeddings=measured.embeddings[rows],
         embedder_hash=measured.embedder_hash,
         wanted={type.type: type.candidate for type in verdict.types},
-        single=verdict.candidate or best,
+        single=single,
         scores=scores,
-        clusters=material.clusters,
+        clusters=deciding.material.clusters[rows],
         seed=measured.plan.seed,
     )
     if trained is None:
         return verdict
     router, regret = trained
-    return replace(verdict, router=router if regret.high < 0 else None, router_regret=regret)
+    verdict = replace(verdict, router_regret=regret)
+    if regret.high >= 0:
+        return verdict
+    verdict = replace(verdict, router=router)
+    return verdict if verdict.candidate else each_its_own(measured.plan, part, verdict, single)

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +41,15 @@ class Scored:
     def decides(self, plan: Plan) -> Floats:
         """Return the score that decides what is right."""
         return self.strict if plan.scoring.strict_decides else self.format_blind
+
+    def replaced(self, rows: Bools, other: Self) -> Self:
+        """Return the same with the scores of these rows taken from `other`."""
+        return type(self)(
+            answered=np.where(rows, other.answered, self.answered),
+            strict=np.where(rows, other.strict, self.strict),
+            format_blind=np.where(rows, other.format_blind, self.format_blind),
+            judge=np.where(rows, other.judge, self.judge),
+        )
 
 
 @dataclass(frozen=True)

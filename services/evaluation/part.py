@@ -12,12 +12,18 @@ SIGNIFICANT = 0.05  # of p-values, after Holm's correction
 
 @dataclass(frozen=True)
 class Part:
-    """What was measured on all questions, or on those of one type."""
+    """What was measured on all questions, or on some of them, such as those of one type.
+
+    `trained` are the questions left out because an adapter was trained on them, `changed` are those
+    in it that count as they were answered after documents changed.
+    """
 
     results: tuple[CandidateResult, ...]
     differences: tuple[PairDifference, ...]
     questions: int
     clusters: int
+    trained: int = 0
+    changed: int = 0
 
 
 @dataclass(frozen=True)
@@ -42,11 +48,13 @@ class Gap:
 
 
 class Scoreboard:
-    """The candidates of a plan with what a part says of them."""
+    """The candidates of a plan with what a part says of them. `tests` is how many parts are asked
+    the same, by which the differences of each are corrected (Bonferroni)."""
 
-    def __init__(self, plan: Plan, part: Part) -> None:
+    def __init__(self, plan: Plan, part: Part, tests: int = 1) -> None:
         self.plan = plan
         self.part = part
+        self._level = SIGNIFICANT / max(tests, 1)
         self.candidates = {candidate.id: candidate for candidate in plan.candidates}
         self.results = {
             result.candidate: result
@@ -76,7 +84,7 @@ class Scoreboard:
                 gap.value,
                 gap.low,
                 gap.high,
-                pair.adjusted_p_value < SIGNIFICANT,
+                pair.adjusted_p_value < self._level,
                 pair.first_not_inferior,
                 pair.second_not_inferior,
                 pair.questions_needed,
@@ -87,7 +95,7 @@ class Scoreboard:
                 -gap.value,
                 -gap.high,
                 -gap.low,
-                pair.adjusted_p_value < SIGNIFICANT,
+                pair.adjusted_p_value < self._level,
                 pair.second_not_inferior,
                 pair.first_not_inferior,
                 pair.questions_needed,

@@ -54,8 +54,9 @@ def would_change(
     return tuple(told)
 
 
-def unknown(board: Scoreboard, chosen: str) -> tuple[str, ...]:
-    """Return what the comparison cannot say, `chosen` being empty if nothing was decided."""
+def unknown(board: Scoreboard, whole: Scoreboard, chosen: str) -> tuple[str, ...]:
+    """Return what the comparison cannot say, `chosen` being empty if nothing was decided. `board`
+    has the questions that decide, `whole` all of them."""
     plan, part = board.plan, board.part
     told = []
     if part.clusters < RELIABLE_CLUSTERS:
@@ -64,9 +65,9 @@ def unknown(board: Scoreboard, chosen: str) -> tuple[str, ...]:
             f"than {RELIABLE_CLUSTERS} the intervals are unreliable."
         )
     for one in plan.candidates:
-        if one.id in board.results:
-            told += _of_one(board, one)
-    results = list(board.results.values())
+        if one.id in whole.results:
+            told += _of_one(whole, one)
+    results = list(whole.results.values())
     searching = [one.id for one in plan.candidates if one.searches]
     if searching and not any(result.oracle for result in results):
         told.append(

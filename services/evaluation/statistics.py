@@ -42,6 +42,7 @@ DRAWS_AT_ONCE = 1000
 TELLING_CLUSTERS = 5
 MOST_NEEDED = 100_000
 SIDE = float(norm.ppf(0.5 + LEVEL / 2))
+ONE_SIDE = float(norm.ppf(LEVEL))
 TO_POWER = float(norm.ppf(POWER))
 # Half the width where nothing differs, times the number of clusters: two invented ones alone.
 NONE_DIFFERS = SIDE * math.sqrt(2)
@@ -93,8 +94,8 @@ def differences(
     without such questions is left out.
 
     The scores have shape (candidates, n), NaN where one failed, `clusters` has shape (n,). Answers
-    are right from a score in `decides` of 0.5 on. Not being inferior by `margin` and the questions
-    that are needed are about `decides` too.
+    are right from a score in `decides` of 0.5 on. Not being inferior by `margin`, which is asked of
+    one side alone (level 95 %), and the questions that are needed are about `decides` too.
     """
     known = ~(np.isnan(strict) | np.isnan(format_blind) | np.isnan(decides))
     pairs = [pair for pair in combinations(range(len(ids)), 2) if (known[list(pair)].all(0)).any()]
@@ -121,7 +122,6 @@ def differences(
     adjusted = _holm(p_values)
     found = []
     for column, (one, other) in enumerate(pairs):
-        decided = deciding.estimate(column)
         needed = deciding.needed(column, margin, len(pairs), bool(adjusted[column] < 1 - LEVEL))
         found.append(
             PairDifference(
@@ -134,8 +134,8 @@ def differences(
                 only_second=int(only_second[column]),
                 p_value=p_values[column],
                 adjusted_p_value=float(adjusted[column]),
-                first_not_inferior=decided.low > -margin,
-                second_not_inferior=decided.high < margin,
+                first_not_inferior=bool(deciding.at_least[column] > -margin),
+                second_not_inferior=bool(deciding.at_most[column] < margin),
                 detectable=deciding.detectable(column),
                 questions_needed=needed,
                 intervals_reliable=int(deciding.clusters[column]) >= RELIABLE_CLUSTERS,
@@ -164,11 +164,13 @@ def _mcnemar(only_first: int, only_second: int) -> float:
 class _Sample:
     """Means of some columns of values, resampled. All of shape (columns,); `questions` are those
     with a value, `variance` is that of one question, as far as clusters make it larger, `least` is
-    half of the least width of the interval."""
+    half of the least width of the interval. `at_least` and `at_most` each hold with 95 %."""
 
     means: Floats
     lows: Floats
     highs: Floats
+    at_least: Floats
+    at_most: Floats
     questions: Floats
     clusters: Floats
     variance: Floats
@@ -191,7 +193,9 @@ class _Sample:
         after Holm's correction over `pairs`, or that the lower one is not inferior by `margin`."""
         mean = abs(float(self.means[column]))
         if (significant and (self.lows[column] > 0 or self.highs[column] < 0)) or (
-            self.lows[column] > -margin if self.means[column] < 0 else self.highs[column] < margin
+            self.at_least[column] > -margin
+            if self.means[column] < 0
+            else self.at_most[column] < margin
         ):
             return 0
         questions = float(self.questions[column])
@@ -205,7 +209,7 @@ class _Sample:
             enough = min(enough, max(((side + TO_POWER) * deviation / mean) ** 2, doubt / mean))
         if margin > mean:
             room = margin - mean
-            enough = min(enough, max(((SIDE + TO_POWER) * deviation / room) ** 2, doubt / room))
+            enough = min(enough, max(((ONE_SIDE + TO_POWER) * deviation / room) ** 2, doubt / room))
         return max(math.ceil(enough - questions), 1)
 
 
@@ -228,19 +232,25 @@ def _resample(
     ends = np.array([[lowest], [1.0]]) * np.ones(values.shape[1])
     grouped_sums = np.concatenate([grouped_sums, ends])
     grouped_sizes = np.concatenate([grouped_sizes, np.ones_like(ends)])
-    lows, highs = _percentiles(grouped_sums, grouped_sizes, seed)
+    lows, at_least, at_most, highs = _percentiles(grouped_sums, grouped_sizes, seed)
     # Clusters of unequal size count as fewer of equal size (Kish).
     effective = np.maximum(counts.sum(0) ** 2 / (sizes**2).sum(0), 2.0)
-    wider = t.ppf(0.5 + LEVEL / 2, effective - 1) / SIDE * np.sqrt(effective / (effective - 1))
     centre = grouped_sums.sum(0) / grouped_sizes.sum(0)
-    lows = np.minimum(centre + (lows - centre) * wider, means - least)
-    highs = np.maximum(centre + (highs - centre) * wider, means + least)
-    one_cluster = known < 2  # says nothing about others
-    lows = np.where(one_cluster, lowest, np.clip(np.minimum(lows, means), lowest, 1.0))
-    highs = np.where(one_cluster, 1.0, np.clip(np.maximum(highs, means), lowest, 1.0))
+
+    def widened(low: Floats, high: Floats, share: float, side: float) -> tuple[Floats, Floats]:
+        wider = t.ppf(share, effective - 1) / side * np.sqrt(effective / (effective - 1))
+        half = least * side / SIDE
+        low = np.minimum(np.minimum(centre + (low - centre) * wider, means - half), means)
+        high = np.maximum(np.maximum(centre + (high - centre) * wider, means + half), means)
+        one_cluster = known < 2  # says nothing about others
+        low = np.where(one_cluster, lowest, np.clip(low, lowest, 1.0))
+        return low, np.where(one_cluster, 1.0, np.clip(high, lowest, 1.0))
+
+    lows, highs = widened(lows, highs, 0.5 + LEVEL / 2, SIDE)
+    at_least, at_most = widened(at_least, at_most, LEVEL, ONE_SIDE)
     errors = sums - sizes * means
     variance = (errors**2).sum(0) / counts.sum(0) * known / np.maximum(known - 1, 1)
-    return _Sample(means, lows, highs, counts.sum(0), known, variance, least)
+    return _Sample(means, lows, highs, at_least, at_most, counts.sum(0), known, variance, least)
 
 
 def _by_cluster(values: Floats, clusters: NDArray[np.intp]) -> Floats:
@@ -251,8 +261,9 @@ def _by_cluster(values: Floats, clusters: NDArray[np.intp]) -> Floats:
     return sums
 
 
-def _percentiles(sums: Floats, sizes: Floats, seed: int) -> tuple[Floats, Floats]:
-    """Return both ends of the middle 95 % of the means over resampled rows, shape (columns,)."""
+def _percentiles(sums: Floats, sizes: Floats, seed: int) -> tuple[Floats, ...]:
+    """Return what 2.5, 5, 95 and 97.5 % of the means over resampled rows are below, each of shape
+    (columns,)."""
     drawn = _draws(len(sums), seed)
     means = np.empty((DRAWS, sums.shape[1]), np.float32)
     both = np.concatenate([sums, sizes], axis=1).astype(np.float32)
@@ -261,8 +272,8 @@ def _percentiles(sums: Floats, sizes: Floats, seed: int) -> tuple[Floats, Floats
         summed, counted = np.split(drawn[rows].astype(np.float32) @ both, 2, axis=1)
         means[rows] = summed / np.maximum(counted, 1.0)
     ordered = np.ascontiguousarray(means.T)
-    low, high = np.quantile(ordered, [0.5 - LEVEL / 2, 0.5 + LEVEL / 2], axis=1)
-    return low, high
+    shares = [0.5 - LEVEL / 2, 1 - LEVEL, LEVEL, 0.5 + LEVEL / 2]
+    return tuple(np.quantile(ordered, shares, axis=1))
 
 
 @lru_cache(maxsize=8)

@@ -2,17 +2,20 @@
 
 1. What failed is left out, and what breaks a constraint.
 2. Of those left, each pair is one of: better (the interval of the difference is above zero, and the
-   answers that only one got right say so too, after Holm's correction), not worse (the interval is
-   above minus the margin), or unclear.
+   answers that only one got right say so too, after Holm's correction), not worse (with 95 % the
+   difference is above minus the margin), or unclear.
 3. The cheapest that is not worse than any other is taken, if each cheaper one is clearly worse.
    Otherwise, or with fewer than 30 questions or 5 clusters, there is not enough evidence.
 
 That a candidate must be not worse than *each* other, not only than the one with the highest score,
 is what keeps the wrong road from being named: the highest score may be luck.
+
+Types of question are decided in the same way, each on its own; where all questions together are
+undecided, each type may still have its road.
 """
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from services.evaluation.comparison import Plan
 from services.evaluation.outcome import Reason, TypeVerdict, Verdict
@@ -20,7 +23,7 @@ from services.evaluation.part import Part, Scoreboard, listed, percent, points
 from services.evaluation.reasons import reasons_for
 from services.evaluation.remarks import unknown, would_change
 
-__all__ = ["FEWEST", "Part", "decide"]
+__all__ = ["FEWEST", "Part", "decide", "each_its_own"]
 
 FEWEST = 30  # questions
 FEWEST_CLUSTERS = 5  # of them; below 40 the verdict says that intervals are unreliable
@@ -35,9 +38,13 @@ class Choice:
     unclear: tuple[tuple[str, str], ...] = ()
 
 
-def decide(plan: Plan, whole: Part, types: Mapping[str, Part]) -> Verdict:
-    """Return the verdict on all questions, and on each type where that is another one."""
-    board = Scoreboard(plan, whole)
+def decide(plan: Plan, part: Part, types: Mapping[str, Part], whole: Part | None = None) -> Verdict:
+    """Return the verdict on the questions of `part`, and on each type where that is another one.
+
+    `whole` is what was measured on all questions, if `part` has only those that may decide.
+    """
+    board = Scoreboard(plan, part)
+    told = Scoreboard(plan, whole) if whole else board
     compared = [
         candidate.id
         for candidate in plan.candidates
@@ -47,14 +54,14 @@ def decide(plan: Plan, whole: Part, types: Mapping[str, Part]) -> Verdict:
     ]
     broken = {candidate: _broken(board, candidate) for candidate in compared}
     left = [candidate for candidate in compared if not broken[candidate]]
-    if not left:
-        return _none_left(board, broken)
-    choice = _choose(board, left)
+    if not left and (part.questions or not part.trained):
+        return _none_left(board, broken, unknown(board, told, ""))
+    choice = _choose(board, left) if left else Choice("", FEWEST)
+    by_type = _by_type(plan, types, left, choice.candidate)
     if not choice.candidate:
-        return _undecided(board, left, choice)
+        return _undecided(board, left, choice, by_type, unknown(board, told, ""))
     chosen = board.candidates[choice.candidate]
     reasons = reasons_for(board, chosen.id, left, broken)
-    by_type = _by_type(plan, types, left, chosen.id)
     return Verdict(
         path=chosen.path,
         adapter=chosen.adapter,
@@ -63,7 +70,27 @@ def decide(plan: Plan, whole: Part, types: Mapping[str, Part]) -> Verdict:
         summary=_summary(board, chosen.id, left, reasons, by_type),
         types=by_type,
         would_change=would_change(board, chosen.id, left, broken),
-        unknown=unknown(board, chosen.id),
+        unknown=unknown(board, told, chosen.id),
+    )
+
+
+def each_its_own(plan: Plan, part: Part, verdict: Verdict, otherwise: str) -> Verdict:
+    """Return the verdict where no one road is decided, but types of question have theirs and a
+    router tells these apart: `otherwise` for every other question."""
+    chosen = {candidate.id: candidate for candidate in plan.candidates}[otherwise]
+    reasons = {reason.code: reason for type in verdict.types for reason in type.reasons}
+    board = Scoreboard(plan, part)
+    return replace(
+        verdict,
+        path=chosen.path,
+        adapter=chosen.adapter,
+        candidate=chosen.id,
+        reasons=tuple(reasons.values()),
+        summary=f"No one road is best for all {_counted(board)}. Take "
+        + listed(f"{one.candidate} for {_plain(one.type)}" for one in verdict.types)
+        + f", and {chosen.id} for everything else.",
+        would_change=("Questions of other types, or in another mix.",),
+        questions_needed=0,
     )
 
 
@@ -144,17 +171,18 @@ def _open(board: Scoreboard, order: list[str], missing: int) -> Choice:
 def _by_type(
     plan: Plan, types: Mapping[str, Part], left: Collection[str], overall: str
 ) -> tuple[TypeVerdict, ...]:
-    """Return the types for which another candidate is decided. The constraints hold for all
-    questions together, so those who honour them may answer any type."""
+    """Return the types for which another candidate than `overall`, which may be empty, is decided.
+    The constraints hold for all questions together, so those who honour them may answer any type.
+    """
     found = []
     for type, part in types.items():
-        board = Scoreboard(plan, part)
+        board = Scoreboard(plan, part, len(types))
         answered = [
             candidate
             for candidate in left
             if board.score(candidate) and not board.results[candidate].failed
         ]
-        if overall not in answered:
+        if not answered or (overall and overall not in answered):
             continue
         choice = _choose(board, answered)
         if choice.candidate in ("", overall):
@@ -165,7 +193,9 @@ def _by_type(
     return tuple(found)
 
 
-def _none_left(board: Scoreboard, broken: Mapping[str, Mapping[str, str]]) -> Verdict:
+def _none_left(
+    board: Scoreboard, broken: Mapping[str, Mapping[str, str]], unknown: tuple[str, ...]
+) -> Verdict:
     told = [f"{candidate} {listed(how.values())}." for candidate, how in broken.items() if how] or [
         "No candidate has answers to compare."
     ]
@@ -178,18 +208,24 @@ def _none_left(board: Scoreboard, broken: Mapping[str, Mapping[str, str]]) -> Ve
         ),
         summary="No road honours all limits, so none is named.",
         would_change=("Other limits, or a candidate that keeps to these.",),
-        unknown=unknown(board, ""),
+        unknown=unknown,
     )
 
 
-def _undecided(board: Scoreboard, left: Collection[str], choice: Choice) -> Verdict:
+def _undecided(
+    board: Scoreboard,
+    left: Collection[str],
+    choice: Choice,
+    types: tuple[TypeVerdict, ...],
+    unknown: tuple[str, ...],
+) -> Verdict:
     part, needed = board.part, choice.questions_needed
     more = f"about {needed:,} more {'question' if needed == 1 else 'questions'}"
     if part.questions < FEWEST:
-        why = f"{part.questions} questions are too few; {FEWEST} are the least"
+        why = f"{_counted(board)} are too few; {FEWEST} are the least"
     elif part.clusters < FEWEST_CLUSTERS:
         why = (
-            f"{part.questions} questions are about {part.clusters} separate groups of documents "
+            f"{_counted(board)} are about {part.clusters} separate groups of documents "
             f"only; {FEWEST_CLUSTERS} are the least"
         )
     elif choice.unclear:
@@ -210,10 +246,23 @@ def _undecided(board: Scoreboard, left: Collection[str], choice: Choice) -> Verd
         candidate="",
         reasons=(Reason("not_enough_evidence", message),),
         summary=f"There is not enough evidence to name a road. It would take {more} to decide.",
+        types=types,
         would_change=(f"More questions: {more}, if the differences are what they seem.",),
-        unknown=unknown(board, ""),
+        unknown=unknown,
         questions_needed=needed,
     )
+
+
+def _counted(board: Scoreboard) -> str:
+    """Say which questions decide."""
+    part = board.part
+    text = f"{part.questions} questions"
+    told = []
+    if part.trained:
+        told.append(f"{part.trained} more do not count, for adapters were trained on them")
+    if part.changed:
+        told.append(f"{part.changed} count as answered after the change")
+    return text + (f" ({'; '.join(told)})" if told else "")
 
 
 def _side(difference: float) -> str:
@@ -228,7 +277,7 @@ def _summary(
     types: tuple[TypeVerdict, ...],
 ) -> str:
     right = percent(board.value(chosen))
-    text = f"Take {chosen}: it scores {right} on {board.part.questions} questions."
+    text = f"Take {chosen}: it scores {right} on {_counted(board)}."
     others = [one for one in left if one != chosen]
     if _no_difference(board, chosen, others):
         text += f" There is no difference to {listed(others)} beyond the margin; it is the cheaper."
