@@ -513,6 +513,17 @@ def test_where_no_road_is_best_for_all_each_type_has_its_own():
     assert verdict.questions_needed == 0
 
 
+def test_a_type_without_relevant_documents_has_no_quality_of_search():
+    plain = mixed()
+    asked = [
+        replace(one, relevant=(f"d{one.line}",)) if one.type == "facts" else one
+        for one in plain.questions
+    ]
+    found = {"papers": {one.line: one.relevant for one in asked if one.relevant}}
+    outcome = analyse(replace(plain, questions=asked, found=found))
+    assert result(outcome, "rag").retrieval.questions == 50
+
+
 def test_types_that_nothing_tells_apart_leave_the_verdict_open():
     verdict = analyse(mixed(embedded=False, size=100)).verdict
     assert (verdict.candidate, verdict.reasons[0].code) == ("", "not_enough_evidence")

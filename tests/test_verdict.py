@@ -158,6 +158,25 @@ def test_an_unclear_pair_says_how_many_questions_it_needs() -> None:
     assert "base and rag" in verdict.reasons[0].message
 
 
+def test_what_the_contenders_have_in_common_is_known_though_none_is_chosen() -> None:
+    whole = part({"base": 0.0, "rag": 0.05, "tuned": 0.92, "hybrid": 0.91}, half=0.08)
+    verdict = decide(plan(), whole, {})
+    assert codes(verdict) == ["not_enough_evidence", "behaviour_gap"]
+    assert "between tuned and hybrid. The others are clearly worse; tuned is" in verdict.summary
+
+
+def test_types_are_corrected_for_how_many_they_are() -> None:
+    whole = part({"base": 0.5, "tuned": 0.7}, half=0.3)
+    better = part({"base": 0.3, "tuned": 0.9})
+    barely = replace(
+        better, differences=tuple(replace(one, adjusted_p_value=0.03) for one in better.differences)
+    )
+    assert decide(plan(BASE, TUNED), barely, {}).candidate == "tuned"
+    for types, found in (({"a": barely}, ["a"]), ({"a": barely, "b": whole}, [])):
+        verdict = decide(plan(BASE, TUNED), whole, types)
+        assert [one.type for one in verdict.types] == found
+
+
 def test_impossible_limits_are_named_for_each_candidate() -> None:
     limits = Constraints(max_p95_ms=150, min_quality=0.5)
     verdict = decide(plan(BASE, RAG, constraints=limits), part({"base": 0.2, "rag": 0.8}), {})

@@ -175,6 +175,8 @@ class _Some:
         if found is None:
             return None
         values = found[self._rows]
+        if np.isnan(values).all():  # of no question of these the relevant documents are known
+            return None
         means = [self._estimate(column, self._rows) for column in values.T]
         ndcg, *recall = (mean for mean in means if mean is not None)
         return RetrievalQuality(

@@ -26,6 +26,7 @@ from services.evaluation.remarks import unknown, would_change
 __all__ = ["FEWEST", "Part", "decide", "each_its_own"]
 
 FEWEST = 30  # questions
+GAPS = ("knowledge_gap", "behaviour_gap", "facts_change")
 FEWEST_CLUSTERS = 5  # of them; below 40 the verdict says that intervals are unreliable
 
 
@@ -36,6 +37,7 @@ class Choice:
     candidate: str = ""
     questions_needed: int = 0
     unclear: tuple[tuple[str, str], ...] = ()
+    contenders: tuple[str, ...] = ()  # between which it is, the cheapest first, if others are worse
 
 
 def decide(plan: Plan, part: Part, types: Mapping[str, Part], whole: Part | None = None) -> Verdict:
@@ -165,7 +167,9 @@ def _open(board: Scoreboard, order: list[str], missing: int) -> Choice:
                 if gap and gap.questions_needed:
                     pairs[one, other] = gap.questions_needed
     needed = max([*pairs.values(), missing, 1])
-    return Choice("", needed, tuple(sorted(pairs, key=lambda pair: (-pairs[pair], pair))))
+    unclear = tuple(sorted(pairs, key=lambda pair: (-pairs[pair], pair)))
+    known = 1 < len(contenders) < len(order) and not missing
+    return Choice("", needed, unclear, tuple(contenders) if known else ())
 
 
 def _by_type(
@@ -239,13 +243,22 @@ def _undecided(
             )
     else:
         why = f"the candidates {listed(left)} cannot be put in order"
-    message = f"Not enough evidence: {why}. It would take {more}."
+    reasons = [Reason("not_enough_evidence", f"Not enough evidence: {why}. It would take {more}.")]
+    summary = "There is not enough evidence to name a road."
+    contenders = choice.contenders
+    if contenders:
+        # What all of them have in common is known, though none of them is chosen.
+        summary = f"There is not enough evidence to choose between {listed(contenders)}."
+        summary += f" The others are clearly worse; {contenders[0]} is the cheapest of these."
+        found = [reasons_for(board, one, left, {}) for one in contenders]
+        common = set.intersection(*({reason.code for reason in some} for some in found))
+        reasons += [one for one in found[0] if one.code in common and one.code in GAPS]
     return Verdict(
         path="",
         adapter="",
         candidate="",
-        reasons=(Reason("not_enough_evidence", message),),
-        summary=f"There is not enough evidence to name a road. It would take {more} to decide.",
+        reasons=tuple(reasons),
+        summary=f"{summary} It would take {more} to decide.",
         types=types,
         would_change=(f"More questions: {more}, if the differences are what they seem.",),
         unknown=unknown,
