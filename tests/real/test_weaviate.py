@@ -1,6 +1,7 @@
 """The contract of a store on a real Weaviate server, and what happens when it comes and goes."""
 
 import asyncio
+import shutil
 import time
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
@@ -13,6 +14,7 @@ from weaviate.classes.init import Auth
 
 from services.retrieval.stores.store import CorpusKey, Filter, Store
 from services.retrieval.stores.weaviate import WeaviateStore
+from services.retrieval.stores.weaviate_backup import BackupFailed, back_up, restore
 from services.retrieval.stores.weaviate_schema import DOCUMENTS
 from services.retrieval.stores.weaviate_server import WeaviateServer, find_binary
 from services.runtime import call
@@ -92,6 +94,40 @@ async def test_the_server_may_come_late_go_and_come_again(tmp_path: Path, key: C
             assert await store.count_documents(key) == 1
     finally:
         await server.stop()
+
+
+async def test_what_was_backed_up_comes_back_on_an_empty_server(
+    tmp_path: Path, key: CorpusKey
+) -> None:
+    binary = await find_binary(say=print)
+    passages = [make_passage(f"apple {number}") for number in range(40)]
+    other = CorpusKey("somebody else", key.name)
+    async with WeaviateServer(binary, tmp_path / "first") as server, opened(server) as store:
+        for place in (key, other):
+            await put(store, place, *passages)
+            await store.put_documents(place, [(make_document("a"), "text")])
+        await store.put_record("policy", key, "rag")
+        before = await store.search_vector(key, spread(1)[0], 10)
+        address, api_key = server.http_address, server.api_key
+        names = await back_up(address, api_key, "filesystem", "nightly")
+        assert len(names) == 3
+        with pytest.raises(BackupFailed):  # the collections are there
+            await restore(address, api_key, "filesystem", "nightly")
+        await put(store, key, make_passage("banana"))  # after the backup
+    shutil.copytree(tmp_path / "first" / "backups", tmp_path / "second" / "backups")
+    shutil.rmtree(tmp_path / "first")
+    async with WeaviateServer(binary, tmp_path / "second") as server:
+        names = await restore(server.http_address, server.api_key, "filesystem", "nightly")
+        assert len(names) == 3
+        async with opened(server) as store:
+            await recovers(store, key)
+            assert await store.search_vector(key, spread(1)[0], 10) == before
+            assert await store.get_record("policy", key) == "rag"
+            for place in (key, other):
+                assert len(await texts(store, place, Filter())) == 40
+                assert await store.count_documents(place) == 1
+        with pytest.raises(BackupFailed):
+            await restore(server.http_address, server.api_key, "filesystem", "never-made")
 
 
 async def test_a_wrong_key_is_as_good_as_no_server(server: WeaviateServer, key: CorpusKey) -> None:

@@ -139,6 +139,8 @@ class WeaviateServer:
             "GO_PROFILING_DISABLE": "true",
             "DISABLE_TELEMETRY": "true",
             "ENABLE_API_BASED_MODULES": "false",
+            "ENABLE_MODULES": "backup-filesystem",
+            "BACKUP_FILESYSTEM_PATH": str(self._folder / "backups"),
             "DEFAULT_VECTORIZER_MODULE": "none",
             "AUTOSCHEMA_ENABLED": "false",
             "AUTHENTICATION_ANONYMOUS_ACCESS_ENABLED": "false",
