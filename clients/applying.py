@@ -1,10 +1,7 @@
 """Whether the verdict of a comparison can become a policy."""
 
 from clients.comparisons import Candidate, Comparison
-
-# Options that change nothing of an answer, and the values that AUTO takes too.
-FREE = {"every_token", "allow_degraded", "seed", "priority", "generate"}
-USUAL = {"limit": 3, "search_mode": "SEARCH_MODE_HYBRID", "max_tokens": 256}
+from services.prompts.options import unusual
 
 
 def hindrance(comparison: Comparison) -> tuple[str, str]:
@@ -31,8 +28,7 @@ def hindrance(comparison: Comparison) -> tuple[str, str]:
 
 def _lost(candidate: Candidate, corpus: str) -> str:
     """Return what a policy would lose of a candidate, in words; empty if nothing."""
-    options = {**candidate.options, **candidate.options.get("generate", {})}
-    left = {name for name, value in options.items() if USUAL.get(name) != value} - FREE
+    left = unusual(candidate.options)
     if "examples" in left or (candidate.path == "base" and candidate.id == "few-shot"):
         return (
             "whose examples a policy cannot keep: send them with each question, as `examples` in"

@@ -9,15 +9,17 @@ from pathlib import Path
 
 import grpc
 import pytest
-from tworoads.v1 import answer_pb2, retrieval_pb2
+from tworoads.v1 import answer_pb2, generation_pb2, retrieval_pb2, tuning_pb2
 from tworoads.v1 import evaluation_pb2 as pb
 from tworoads.v1.evaluation_pb2_grpc import EvaluationServiceStub
 from tworoads.v1.retrieval_pb2 import PATH_AUTO, PATH_BASE, PATH_RAG, PATH_TUNED
 
+from services.evaluation import uploads
 from services.evaluation.comparison import ANSWERS as ANSWERS_FILE
+from services.evaluation.comparison import OUTCOME
 from services.runtime.channel import connect
 from services.runtime.errors import NotReady, Unavailable
-from tests.small_stack import ANSWERS, EVALUATION, SmallStack, small_stack
+from tests.small_stack import ANSWERS, EVALUATION, MEBIBYTE, SmallStack, small_stack
 from tests.test_gateway import reason_of
 from tests.test_retrieval import END, document, start
 
@@ -155,6 +157,29 @@ async def test_a_report_is_downloaded_in_any_part(evaluation, format):
     with pytest.raises(grpc.aio.AioRpcError) as error:
         await report(file.size + 1)
     assert reason_of(error) == (grpc.StatusCode.INVALID_ARGUMENT, "OFFSET_OUT_OF_RANGE")
+    for unknown in (0, 9):
+        request = pb.DownloadReportRequest(comparison=comparison.id, format=unknown)
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await anext(aiter(evaluation.DownloadReport(request)))
+        assert reason_of(error) == (grpc.StatusCode.INVALID_ARGUMENT, "FORMAT_UNKNOWN")
+
+
+async def test_a_watcher_sees_each_state_once(evaluation):
+    comparison, _ = await created(evaluation, upload(questions()))
+    request = pb.WatchComparisonRequest(id=comparison.id)
+    seen = [event.comparison async for event in evaluation.WatchComparison(request)]
+    states = [one.state for one in seen if one.id]
+    assert states == [pb.COMPARISON_STATE_QUEUED, pb.COMPARISON_STATE_RUNNING, FINISHED]
+
+
+async def test_why_answers_are_wrong_is_read_once_for_all_pages(stack, evaluation, tmp_path):
+    stack.generation.answer = "Nobody."
+    comparison = await compared(evaluation, upload(questions()))
+    request = pb.ListAnswersRequest(comparison=comparison.id, phase=pb.COMPARISON_PHASE_ANSWERS)
+    first = await evaluation.ListAnswers(request)
+    assert {answer.failure for answer in first.answers} == {pb.FAILURE_KIND_READING_FAILURE}
+    (tmp_path / "evaluation" / "comparisons" / comparison.id / OUTCOME).unlink()
+    assert await evaluation.ListAnswers(request) == first
 
 
 async def test_what_users_write_is_escaped_in_the_report(stack, evaluation):
@@ -312,10 +337,26 @@ async def test_answers_are_listed_by_candidate_and_phase(evaluation):
     with pytest.raises(grpc.aio.AioRpcError) as error:
         await evaluation.ListAnswers(request)
     assert reason_of(error) == (MISSING, "CANDIDATE_NOT_FOUND")
+    for call in (
+        evaluation.ListAnswers(pb.ListAnswersRequest(comparison=comparison.id, page_size=1001)),
+        evaluation.ListComparisons(pb.ListComparisonsRequest(page_size=1001)),
+    ):
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await call
+        assert reason_of(error) == (INVALID, "PAGE_SIZE_OUT_OF_RANGE")
     request = pb.ListAnswersRequest(comparison=comparison.id, page_token="?")
     with pytest.raises(grpc.aio.AioRpcError) as error:
         await evaluation.ListAnswers(request)
     assert reason_of(error) == (INVALID, "PAGE_TOKEN_INVALID")
+
+
+def answering(**options: object) -> dict[str, object]:
+    options = answer_pb2.AnswerOptions(**options)
+    return {"candidates": [pb.Candidate(id="x", path=PATH_RAG, options=options)]}
+
+
+def writing(**options: object) -> dict[str, object]:
+    return answering(generate=generation_pb2.GenerateOptions(**options))
 
 
 INVALID, MISSING = grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND
@@ -351,6 +392,20 @@ PRECONDITION = grpc.StatusCode.FAILED_PRECONDITION
         ({"scoring": pb.ScoringOptions(strict=pb.SCORER_CONTAINS)}, INVALID, "SCORER_INVALID"),
         ({"scoring": pb.ScoringOptions(judge=True)}, PRECONDITION, "JUDGE_MISSING"),
         ({"idempotency_key": "ä"}, INVALID, "IDEMPOTENCY_KEY_INVALID"),
+        (writing(max_tokens=0), INVALID, "CANDIDATE_INVALID"),
+        (writing(max_tokens=4096), INVALID, "CANDIDATE_INVALID"),  # the context has 2048
+        (writing(min_tokens=300), INVALID, "CANDIDATE_INVALID"),
+        (writing(temperature=2.5), INVALID, "CANDIDATE_INVALID"),
+        (writing(stop=[""]), INVALID, "CANDIDATE_INVALID"),
+        (writing(json_schema="no json"), INVALID, "CANDIDATE_INVALID"),
+        (answering(limit=51), INVALID, "CANDIDATE_INVALID"),
+        (answering(pinned_documents=["Town1"]), INVALID, "CANDIDATE_INVALID"),
+        (answering(examples=[answer_pb2.Turn(question="q")]), INVALID, "EXAMPLES_INVALID"),
+        (
+            answering(examples=[answer_pb2.Turn(question="q" * 262_144, answer="a")]),
+            INVALID,
+            "EXAMPLES_INVALID",
+        ),
     ],
 )
 async def test_a_comparison_that_can_never_succeed_is_refused(evaluation, fields, code, reason):
@@ -359,6 +414,50 @@ async def test_a_comparison_that_can_never_succeed_is_refused(evaluation, fields
     assert reason_of(error) == (code, reason)
     listed = await evaluation.ListComparisons(pb.ListComparisonsRequest())
     assert not listed.comparisons
+
+
+@pytest.mark.parametrize(
+    ("state", "accepted_by", "reason"),
+    [
+        (tuning_pb2.ADAPTER_STATE_VERIFYING, "", "ADAPTER_VERIFYING"),
+        (tuning_pb2.ADAPTER_STATE_UNFAITHFUL, "", "ADAPTER_NOT_ACCEPTED"),
+        (tuning_pb2.ADAPTER_STATE_UNFAITHFUL, "ann", None),
+    ],
+)
+async def test_an_adapter_that_is_not_served_is_not_compared(
+    stack, evaluation, state, accepted_by, reason
+):
+    stack.tuning.add("style", state, accepted_by=accepted_by)
+    tuned = pb.Candidate(id="tuned", path=PATH_TUNED, adapter="style")
+    for fields in ({"candidates": [tuned]}, {"candidates": [], "adapters": ["style"]}):
+        if reason is None:
+            assert (await created(evaluation, upload(questions(), **fields)))[0].id
+            continue
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await created(evaluation, upload(questions(), **fields))
+        assert reason_of(error) == (PRECONDITION, reason)
+
+
+async def test_more_documents_than_may_change_are_refused(evaluation, monkeypatch):
+    monkeypatch.setattr(uploads, "MOST_DOCUMENTS", 3)  # each takes a millisecond
+    documents = [(f"d{number}", b"text") for number in range(4)]
+    assert (await created(evaluation, upload(questions(), documents[:3])))[0].id
+    with pytest.raises(grpc.aio.AioRpcError) as error:
+        await created(evaluation, upload(questions(), documents))
+    assert reason_of(error) == (INVALID, "TOO_MANY_DOCUMENTS")
+
+
+@pytest.mark.parametrize("part", ["questions", "chunk"])
+async def test_an_upload_that_is_too_large_is_refused_and_leaves_nothing(
+    evaluation, tmp_path, part
+):
+    parts = list(upload(questions(), [("d", b"text")]))
+    at = 2 if part == "questions" else 4
+    parts[at:at] = [pb.CreateComparisonRequest(**{part: b" " * MEBIBYTE})] * 4  # as much as may be
+    with pytest.raises(grpc.aio.AioRpcError) as error:
+        await created(evaluation, parts)
+    assert reason_of(error) == (INVALID, "UPLOAD_TOO_LARGE")
+    assert not list((tmp_path / "evaluation" / "tmp").iterdir())
 
 
 async def test_an_empty_corpus_is_refused(stack, evaluation):

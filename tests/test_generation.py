@@ -10,8 +10,9 @@ import pytest
 from tworoads.v1 import generation_pb2 as pb
 from tworoads.v1.generation_pb2_grpc import GenerationServiceStub
 
-from services.generation.checks import DEFAULT_TOKENS, Sampling
+from services.generation.checks import Sampling
 from services.generation.service import Finish, Piece
+from services.prompts.options import DEFAULT_TOKENS
 from services.runtime.call import TENANT
 from services.runtime.channel import connect
 from services.runtime.errors import Overloaded, Unavailable, error_info

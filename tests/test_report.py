@@ -1,5 +1,7 @@
 import json
-import os
+import re
+import resource
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from services.evaluation.comparison import Answer, Candidate, Comparison, Plan, 
 from services.evaluation.outcome import (
     CandidateResult,
     Estimate,
+    FailureShare,
     Latency,
     Outcome,
     PairDifference,
@@ -16,15 +19,20 @@ from services.evaluation.outcome import (
     Scores,
     Verdict,
 )
+from services.runtime.disk import FULL
 
 NASTY = '<script>alert(1)</script>"><img src=x onerror=alert(2)> \u202eevil\x00 [a](http://b)'
 SOME = Estimate(0.6, 0.5, 0.7)
+RAG = Candidate("rag", "rag", corpus="c")
+WRONG = (FailureShare("retrieval_miss", 30, (1,)), FailureShare("reading_failure", 10, ()))
 
 
-def _write(folder: Path, count: int = 50, nasty: str = NASTY) -> tuple[str, str, dict[str, object]]:
-    candidates = (Candidate("base", "base"), Candidate("rag", "rag", corpus="c"))
+def _write(
+    folder: Path, count: int = 50, nasty: str = NASTY, rag: Candidate = RAG, corpus: str = "c"
+) -> tuple[str, str, dict[str, object]]:
+    candidates = (Candidate("base", "base"), rag)
     comparison = Comparison(
-        "c1", "t", "finished", Plan(candidates, "c"), count, 30, "h", 0.0, model="m"
+        "c1", "t", "finished", Plan(candidates, corpus), count, 30, "h", 0.0, model="m"
     )
     questions = [Question(n, f"{nasty} {n}", (nasty,), type=nasty) for n in range(1, count + 1)]
     answers = [
@@ -35,7 +43,12 @@ def _write(folder: Path, count: int = 50, nasty: str = NASTY) -> tuple[str, str,
     warm = Latency(count, 4, 10, 20, 100, 200)
     results = tuple(
         CandidateResult(
-            name, Scores(count, SOME, SOME), warm=warm, cost_per_thousand=cost, errors={"E": 1}
+            name,
+            Scores(count, SOME, SOME),
+            warm=warm,
+            cost_per_thousand=cost,
+            errors={"E": 1},
+            failures=WRONG,
         )
         for name, cost in (("base", 0.01), ("rag", 0.5))
     )
@@ -56,6 +69,38 @@ def test_markup_of_strangers_is_shown_as_text(tmp_path: Path) -> None:
         assert "\u202e" not in text and "\x00" not in text
     assert "[a](" not in markdown
     assert "default-src 'none'" in html
+
+
+@pytest.mark.parametrize(
+    ("rag", "corpus", "follows"),
+    [
+        (RAG, "c", True),
+        (
+            replace(RAG, options='{"limit": 3, "generate": {"max_tokens": 256, "seed": "7"}}'),
+            "c",
+            True,
+        ),
+        (replace(RAG, options='{"limit": 9}'), "c", False),
+        (replace(RAG, options='{"examples": [{"question": "q", "answer": "a"}]}'), "c", False),
+        (replace(RAG, corpus="other"), "c", False),
+        (RAG, "", False),
+    ],
+)
+def test_the_next_step_is_told_only_where_a_policy_can_say_it(
+    tmp_path: Path, rag: Candidate, corpus: str, follows: bool
+) -> None:
+    html, markdown, _ = _write(tmp_path, rag=rag, corpus=corpus)
+    assert ("comparisons apply c1" in html) == ("comparisons apply c1" in markdown) == follows
+
+
+def test_wrong_answers_are_stacked_by_kind_in_bars_as_long_as_they_are_many(tmp_path: Path) -> None:
+    html, _, _ = _write(tmp_path)
+    found = re.findall(
+        r'<rect class="(retrieval_miss|reading_failure)" .*? width="([0-9.]+)" h', html
+    )
+    bars = [(kind, float(width) + 1) for kind, width in found if width != "12"]
+    assert [kind for kind, _ in bars] == ["retrieval_miss", "reading_failure"] * 2
+    assert bars[0][1] == pytest.approx(3 * bars[1][1], rel=0.01)
 
 
 def test_the_json_twin_has_everything(tmp_path: Path) -> None:
@@ -79,16 +124,15 @@ def test_ten_thousand_questions_with_long_texts_make_a_small_report(tmp_path: Pa
     assert html.count('class="example"') == 10
 
 
-def test_a_full_disk_leaves_the_report_that_was_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_leaves_the_report_that_was_there(tmp_path: Path) -> None:
     before = _write(tmp_path)[0]
-
-    def full(_: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
-        _write(tmp_path, 60)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))  # no file may be larger
+    try:
+        with pytest.raises(OSError) as error:
+            _write(tmp_path, 60)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert error.value.errno in FULL
     assert (tmp_path / "report.html").read_text() == before
     assert not list(tmp_path.glob("*.part"))

@@ -1,44 +1,32 @@
 """Shows a comparison as it goes: one bar per path on a terminal, else a line now and then."""
 
-import sys
 import time
-from types import TracebackType
-from typing import Self
 
 import typer
 from rich.console import Console
-from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from clients.cli.output import duration, line, print_json, run
+from clients.cli.live import ENDS, Display, left_running, tenth, time_left
+from clients.cli.output import line, print_json, run
 from clients.cli.verdict import outcome
 from clients.client import Client
 from clients.comparisons import ENDED, CandidateProgress, Comparison, ComparisonProgress
 
 WIDTH = 30  # of a bar, at most
-LINES = 10  # of progress in a whole comparison, where there is no terminal
 PHASES = {
     "answers": "asks the questions",
     "oracle": "asks again with the relevant documents given",
     "staleness": "asks again after the documents changed",
     "analysis": "computes the verdict",
 }
-ENDS = {"failed": "has failed", "cancelled": "was cancelled"}
 
 
 def watch(address: str, id: str) -> Comparison:
     """Show a comparison until it has ended and return it; Ctrl-C leaves it running."""
-    try:
+    with left_running("comparison", "comparisons", id):
         return run(address, lambda client: _watch(client, id))
-    except KeyboardInterrupt:
-        print(
-            f"The comparison goes on. `tworoads comparisons watch {id}` shows it again,"
-            f" `tworoads comparisons cancel {id}` stops it.",
-            file=sys.stderr,
-        )
-        raise typer.Exit(130) from None
 
 
 def tell(comparison: Comparison, json: bool, next_steps: list[str]) -> None:
@@ -67,55 +55,38 @@ def describe(comparison: Comparison) -> str:
 
 
 async def _watch(client: Client, id: str) -> Comparison:
-    with Display(Console(stderr=True)) as display:
+    with ComparisonDisplay(Console(stderr=True)) as display:
         async for event in client.watch_comparison(id):
             display.show(event.news)
     return await client.comparison(id)
 
 
-class Display:
+class ComparisonDisplay(Display):
     """Shows what `show` was given, while it is entered."""
 
     def __init__(self, console: Console) -> None:
-        self._console = console
+        super().__init__(console)
         self._comparison: Comparison | None = None
         self._progress: ComparisonProgress | None = None
         self._since = 0.0  # when the progress came
-        self._live = Live(console=console, get_renderable=self._drawn, refresh_per_second=4)
 
     def show(self, news: Comparison | ComparisonProgress) -> None:
         """Take the next news of the comparison."""
         if isinstance(news, Comparison):
             self._comparison = news
-            if not self._console.is_terminal and news.state not in ENDED:
-                self._print(describe(news))
+            if not self.terminal and news.state not in ENDED:
+                self.tell(describe(news))
             return
         before, self._progress, self._since = self._progress, news, time.monotonic()
         new_phase = before is None or news.phase != before.phase
-        if self._console.is_terminal or not (new_phase or _tenth(news) > _tenth(before)):
+        if self.terminal or not (new_phase or _tenth(news) > _tenth(before)):
             return
         words = [f"{line(one.candidate)} {_words(one)}" for one in news.candidates]
-        left = _left(news.seconds_left, 0.0)
+        left = time_left(news.seconds_left, 0.0)
         phase = PHASES.get(news.phase, news.phase)
-        self._print("; ".join([phase, *words, *([left] if left else [])]))
+        self.tell("; ".join([phase, *words, *([left] if left else [])]))
 
-    def __enter__(self) -> Self:
-        if self._console.is_terminal:
-            self._live.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
-        self._live.stop()
-
-    def _print(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-    def _drawn(self) -> Table:
+    def drawn(self) -> Table:
         comparison, progress = self._comparison, self._progress
         passed = time.monotonic() - self._since
         whole = Table.grid()
@@ -123,7 +94,7 @@ class Display:
             whole.add_row(Text(describe(comparison)))
         if progress and comparison and comparison.state not in ENDED:
             phase = PHASES.get(progress.phase, progress.phase)
-            left = _left(progress.seconds_left, passed)
+            left = time_left(progress.seconds_left, passed)
             whole.add_row(Text(", ".join(filter(None, (phase, left)))))
         if progress:
             rows = Table.grid(padding=(0, 2))
@@ -136,7 +107,7 @@ class Display:
                     Text(line(one.candidate)),
                     ProgressBar(max(one.total, 1), one.done),
                     Text(_words(one)),
-                    Text(_left(one.seconds_left, passed) if one.done < one.total else ""),
+                    Text(time_left(one.seconds_left, passed) if one.done < one.total else ""),
                 )
             whole.add_row(rows)
         return whole
@@ -145,7 +116,7 @@ class Display:
 def _tenth(progress: ComparisonProgress | None) -> int:
     total = sum(one.total for one in progress.candidates) if progress else 0
     done = sum(one.done for one in progress.candidates) if progress else 0
-    return LINES * done // total if total else -1
+    return tenth(done, total)
 
 
 def _words(one: CandidateProgress) -> str:
@@ -155,7 +126,3 @@ def _words(one: CandidateProgress) -> str:
     if one.failed:
         words.append(f"{one.failed:,} failed")
     return ", ".join(words)
-
-
-def _left(seconds: float | None, passed: float) -> str:
-    return "" if seconds is None else f"{duration(max(0.0, seconds - passed))} left"

@@ -1,27 +1,22 @@
 """Shows a training job as it goes: redrawn on a terminal, else a line now and then."""
 
-import sys
 import time
-from types import TracebackType
-from typing import Self
 
 import typer
 from rich.console import Console
-from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
 from clients.adapters import Adapter
 from clients.cli.adapters import measured, next_steps
+from clients.cli.live import ENDS, Display, left_running, tenth, time_left
 from clients.cli.output import duration, line, plain, print_json, run
 from clients.cli.sparkline import sparkline
 from clients.client import Client
 from clients.jobs import ENDED, Job, JobProgress
 
 WIDTH = 48  # of the bar and of the sparkline
-ENDS = {"failed": "has failed", "cancelled": "was cancelled"}
-LINES = 10  # of progress in a whole training, where there is no terminal
 
 
 def follow(address: str, id: str, json: bool) -> None:
@@ -29,15 +24,8 @@ def follow(address: str, id: str, json: bool) -> None:
 
     Exit code 1 if that is no adapter that answers. Ctrl-C leaves the job running.
     """
-    try:
+    with left_running("job", "jobs", id):
         job, adapter = run(address, lambda client: _follow(client, id))
-    except KeyboardInterrupt:
-        print(
-            f"The job goes on. `tworoads jobs watch {id}` shows it again,"
-            f" `tworoads jobs cancel {id}` stops it.",
-            file=sys.stderr,
-        )
-        raise typer.Exit(130) from None
     if json:
         print_json({"job": job, "adapter": adapter})
     else:
@@ -59,7 +47,7 @@ def outcome(job: Job, adapter: Adapter | None) -> list[str]:
 
 
 async def _follow(client: Client, id: str) -> tuple[Job, Adapter | None]:
-    with Display(Console(stderr=True)) as display:
+    with JobDisplay(Console(stderr=True)) as display:
         async for event in client.watch_job(id):
             display.show(event.news)
     job = await client.job(id)
@@ -67,48 +55,31 @@ async def _follow(client: Client, id: str) -> tuple[Job, Adapter | None]:
     return job, await client.adapter(job.adapter) if kept else None
 
 
-class Display:
+class JobDisplay(Display):
     """Shows what `show` was given, while it is entered."""
 
     def __init__(self, console: Console) -> None:
-        self._console = console
+        super().__init__(console)
         self._job: Job | None = None
         self._progress: JobProgress | None = None
         self._since = 0.0  # when the progress came
         self._losses: list[float] = []
-        self._live = Live(console=console, get_renderable=self._drawn, refresh_per_second=4)
 
     def show(self, news: Job | JobProgress) -> None:
         """Take the next news of the job."""
         before, self._since = self._progress, time.monotonic()
         if isinstance(news, Job):
             self._job = news
-            if not self._console.is_terminal and news.state not in ENDED:
-                self._print(describe(news))
+            if not self.terminal and news.state not in ENDED:
+                self.tell(describe(news))
             return
         self._progress = news
         if news.loss is not None:
             self._losses.append(news.loss)
-        if not self._console.is_terminal and _tenth(news) > _tenth(before):
-            self._print(", ".join(_words(news, 0.0)))
+        if not self.terminal and _tenth(news) > _tenth(before):
+            self.tell(", ".join(_words(news, 0.0)))
 
-    def __enter__(self) -> Self:
-        if self._console.is_terminal:
-            self._live.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
-        self._live.stop()
-
-    def _print(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-    def _drawn(self) -> Table:
+    def drawn(self) -> Table:
         job, progress = self._job, self._progress
         rows = Table.grid()
         if job:
@@ -139,7 +110,7 @@ def describe(job: Job) -> str:
 
 
 def _tenth(progress: JobProgress | None) -> int:
-    return LINES * progress.step // progress.steps if progress and progress.steps else -1
+    return tenth(progress.step, progress.steps) if progress else -1
 
 
 def _words(progress: JobProgress, passed: float) -> list[str]:
@@ -151,5 +122,5 @@ def _words(progress: JobProgress, passed: float) -> list[str]:
     if progress.tokens_per_second:
         words.append(f"{progress.tokens_per_second:,.0f} tokens/s")
     if progress.seconds_left is not None and progress.step < progress.steps:
-        words.append(f"{duration(max(0.0, progress.seconds_left - passed))} left")
+        words.append(time_left(progress.seconds_left, passed))
     return words

@@ -36,7 +36,7 @@ GATEWAY = (
 async def main(settings: Settings) -> None:
     async with (
         running(settings, [NAME]) as server,
-        connect(settings.gateway, *GATEWAY) as channel,
+        connect(settings.gateway, *GATEWAY, tls=settings.tls) as channel,
         AsyncExitStack() as stack,
     ):
         folder = stack.enter_context(owned(settings.folder))

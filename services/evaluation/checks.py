@@ -8,9 +8,11 @@ from dataclasses import dataclass
 
 from google.protobuf.json_format import MessageToJson
 from tworoads.v1 import evaluation_pb2 as pb
+from tworoads.v1.generation_pb2 import GenerateOptions
 from tworoads.v1.retrieval_pb2 import PATH_BASE, PATH_HYBRID, PATH_RAG, PATH_TUNED
 
 from services.evaluation.comparison import Candidate, Constraints, PathName, ScorerName
+from services.prompts.options import MOST_TOKENS, MOST_TURNS, check_examples, check_options
 from services.runtime.errors import InvalidInput
 
 ID = re.compile(r"[a-z0-9._-]{1,64}")
@@ -33,7 +35,6 @@ SCORERS: dict[int, ScorerName | None] = {
 }
 MOST_CANDIDATES = 16
 MOST_ADAPTERS = 6
-MOST_EXAMPLES = 32
 MOST_PASSAGES = 50
 MOST_CONCURRENCY = 64
 MOST_MARGIN = 0.5
@@ -85,11 +86,10 @@ def start(given: pb.CreateComparisonStart) -> Start:
     if not 0 <= margin <= MOST_MARGIN:
         raise InvalidInput("MARGIN_OUT_OF_RANGE", f"a margin is from 0 to {MOST_MARGIN}")
     shots = given.shots if given.HasField("shots") else DEFAULT_SHOTS
-    if shots > MOST_EXAMPLES or len(given.examples) > MOST_EXAMPLES:
-        raise InvalidInput("EXAMPLES_INVALID", f"at most {MOST_EXAMPLES} examples are shown")
+    if shots > MOST_TURNS:
+        raise InvalidInput("EXAMPLES_INVALID", f"at most {MOST_TURNS} examples are shown")
+    check_examples(given.examples)
     examples = tuple((turn.question.strip(), turn.answer.strip()) for turn in given.examples)
-    if not all(asked and said for asked, said in examples):
-        raise InvalidInput("EXAMPLES_INVALID", "an example has a question and an answer")
     return Start(
         corpus=given.corpus,
         candidates=candidates,
@@ -126,12 +126,20 @@ def candidate(given: pb.Candidate, corpus: str) -> Candidate:
     options = given.options
     if options.pinned_documents:
         raise InvalidInput("CANDIDATE_INVALID", "pinned documents are not compared")
-    if options.limit > MOST_PASSAGES or len(options.examples) > MOST_EXAMPLES:
-        raise InvalidInput("CANDIDATE_INVALID", f"{given.id} asks for too many passages or turns")
-    if not all(turn.question.strip() and turn.answer.strip() for turn in options.examples):
-        raise InvalidInput("EXAMPLES_INVALID", "an example has a question and an answer")
+    if options.limit > MOST_PASSAGES:
+        raise InvalidInput("CANDIDATE_INVALID", f"{given.id} asks for too many passages")
+    check_examples(options.examples)
+    check_writing(given.id, options.generate)
     text = MessageToJson(options, preserving_proto_field_name=True, indent=None)
     return Candidate(given.id, path, given.adapter, searched, text)
+
+
+def check_writing(id: str, given: GenerateOptions, context_length: int = MOST_TOKENS) -> None:
+    """Raise InvalidInput (CANDIDATE_INVALID) if a candidate can never write like this."""
+    try:
+        check_options(given, context_length)
+    except InvalidInput as error:
+        raise InvalidInput("CANDIDATE_INVALID", f"{id}: {error} ({error.reason})") from None
 
 
 def page_size(given: int) -> int:

@@ -79,8 +79,11 @@ class Comparisons(Queue[Comparison, Progress]):
             self._changed(work.id)
 
         async def change(changes: Mapping[str, Any]) -> Comparison:
-            changed = await in_thread(self.store.change, work.id, changes)
-            self._changed(work.id)
+            # A change of fields is no news: an event of a comparison says that its state changed.
+            event = "state" in changes
+            changed = await in_thread(self.store.change, work.id, changes, event)
+            if event:
+                self._changed(work.id)
             return changed
 
         if work.state == "queued":

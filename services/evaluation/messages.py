@@ -8,26 +8,15 @@ from google.protobuf.json_format import Parse
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 from tworoads.v1 import evaluation_pb2 as pb
-from tworoads.v1 import tuning_pb2
 from tworoads.v1.answer_pb2 import Turn
 from tworoads.v1.retrieval_pb2 import Path
 
 from services.evaluation.comparison import Candidate, Comparison, Plan, Progress
 from services.evaluation.outcome import Outcome
-from services.questions.lines import Finding
 
 STATES = {
     name.removeprefix("COMPARISON_STATE_").lower(): number
     for name, number in pb.ComparisonState.items()
-}
-FILES = {
-    "examples": tuning_pb2.UPLOADED_FILE_EXAMPLES,
-    "questions": tuning_pb2.UPLOADED_FILE_QUESTIONS,
-}
-SEVERITIES = {
-    "error": tuning_pb2.FINDING_SEVERITY_ERROR,
-    "left_out": tuning_pb2.FINDING_SEVERITY_LEFT_OUT,
-    "warning": tuning_pb2.FINDING_SEVERITY_WARNING,
 }
 
 
@@ -67,17 +56,6 @@ def progress_message(progress: Progress) -> pb.ComparisonProgress:
     message = pb.ComparisonProgress()
     fill(message, progress)
     return message
-
-
-def finding_message(finding: Finding) -> tuning_pb2.DataFinding:
-    return tuning_pb2.DataFinding(
-        file=FILES[finding.file],
-        line=finding.line,
-        severity=SEVERITIES[finding.severity],
-        reason=finding.reason,
-        message=finding.message,
-        other_line=finding.other_line,
-    )
 
 
 def timestamp(seconds: float) -> Timestamp | None:

@@ -5,8 +5,10 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 
-from tworoads.v1 import tuning_pb2
+from google.protobuf.json_format import Parse
+from tworoads.v1 import answer_pb2, tuning_pb2
 
+from services.evaluation import checks
 from services.evaluation.asking import Gateway
 from services.evaluation.checks import Start
 from services.evaluation.comparison import Candidate, ComparisonFailed, Plan, Question
@@ -34,6 +36,7 @@ class Planner:
         """Return what was asked for with adapters as NAME@HASH; corpora and adapters are there."""
         names = {one.adapter for one in start.candidates if one.adapter} | set(start.adapters)
         ids = {name: await self._adapter(name) for name in sorted(names)}
+        await self._check_writing(start.candidates)
         corpora = {one.corpus for one in start.candidates if one.searches}
         if start.corpus:
             corpora.add(start.corpus)
@@ -69,6 +72,16 @@ class Planner:
             margin=start.margin,
             seed=start.seed,
         )
+
+    async def _check_writing(self, candidates: Sequence[Candidate]) -> None:
+        """Check against the context length, which is not known while generation is away."""
+        with downstream("gateway"):
+            info = await self._gateway.answers.GetServerInfo(
+                answer_pb2.GetServerInfoRequest(), **outgoing(SECONDS)
+            )
+        for one in candidates if info.context_length else ():
+            options = Parse(one.options, answer_pb2.AnswerOptions())
+            checks.check_writing(one.id, options.generate, info.context_length)
 
     async def _adapter(self, name: str) -> str:
         with downstream("gateway"):

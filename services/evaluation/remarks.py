@@ -76,8 +76,8 @@ def unknown(board: Scoreboard, whole: Scoreboard, chosen: str) -> tuple[str, ...
         )
     if searching and not any(result.staleness for result in results):
         told.append(
-            "No changed documents were given, so how fast each candidate follows new facts is "
-            "not measured."
+            "There are no answers after a change of documents, so how fast each candidate follows "
+            "new facts is not measured."
         )
     for one in plan.candidates:
         told += _read_worse(board, one)

@@ -2,28 +2,25 @@
 
 import asyncio
 import json
-import os
 import time
-from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
 from tworoads.v1 import evaluation_pb2 as pb
-from tworoads.v1 import retrieval_pb2
 
 from services.evaluation import answers as kept
 from services.evaluation.answers import PHASES, AnswerFile
 from services.evaluation.asking import Asker, Gateway, oracle_question
+from services.evaluation.changing import Change, Changer
 from services.evaluation.comparison import (
     ANSWERS,
-    CHANGED,
     OUTCOME,
     QUESTIONS,
     Candidate,
-    CandidateProgress,
     Comparison,
     ComparisonFailed,
     Phase,
@@ -34,24 +31,21 @@ from services.evaluation.gathering import Gatherer, each
 from services.evaluation.judge import Judge
 from services.evaluation.outcome import Outcome
 from services.evaluation.questions import load
-from services.runtime.call import outgoing
-from services.runtime.disk import space
+from services.evaluation.tally import Tally
+from services.runtime.disk import put, space
 from services.runtime.errors import NotFound, ServiceError
-from services.runtime.status import real_status
 from services.runtime.threads import in_thread
 
 SLICE = 50  # questions that all candidates are asked before the next ones
 NOTE_SECONDS = 1.0
 WRITE_SECONDS = 0.5
-GIVEN_UP = 20  # failures with one reason and no answer, after which a candidate is not asked again
-CHUNK = 512 * 1024  # bytes
+MOST_NAMED = 5  # documents
 DOCUMENTS = "documents.json"
 SEARCHES = "searches.json"
-SENT = "changed.json"
 
 OUTCOMES = TypeAdapter(Outcome)
 Note = Callable[[Progress], Awaitable[None]]
-Change = Callable[[Mapping[str, Any]], Awaitable[Comparison]]
+SetFields = Callable[[Mapping[str, Any]], Awaitable[Comparison]]
 
 
 @dataclass(frozen=True)
@@ -63,7 +57,9 @@ class GatewayRunner:
     judge: Judge | None = None
     patience_seconds: float = 300.0
 
-    async def run(self, comparison: Comparison, folder: Path, note: Note, change: Change) -> None:
+    async def run(
+        self, comparison: Comparison, folder: Path, note: Note, change: SetFields
+    ) -> None:
         """Do what the protocol Runner says."""
         questions = await in_thread(load, folder / QUESTIONS)
         unscored = set(comparison.plan.unscored)
@@ -96,7 +92,7 @@ class _Run:
         )
         self._note = note
         self._noted = 0.0
-        self._tally = _Tally(self._plan.candidates)
+        self._tally = Tally(self._plan.candidates)
         self._done: set[tuple[str, int, int]] = set()  # candidate, phase, line
         self._file: AnswerFile | None = None
         self._last = 0
@@ -104,25 +100,27 @@ class _Run:
         self._written = 0.0
         self._writing = asyncio.Lock()
 
-    async def whole(self, change: Change) -> None:
+    async def whole(self, change: SetFields) -> None:
         await self._begin(change)
         try:
             oracles = await self._oracle_questions()
             stale = [q for q in self._questions if q.stale_answers] if self._changing else []
-            self._count(oracles, stale)
+            self._expect(oracles, stale)
             await self._answers()
             await self._oracle(oracles)
             await self._write()  # before the documents change, for good
             found = await self._searches()
-            sent, indexing = await self._change_documents() if self._changing else (0.0, {})
+            changed = await self._change_documents() if self._changing else Change()
+            stale = [one for one in stale if changed.refused.keys().isdisjoint(one.relevant)]
+            self._expect(oracles, stale)
             await self._staleness(stale)
             await self._write()
         finally:
             await self._end()
         await self._note(self._progress("analysis"))
-        await self._analyse(found, sent, indexing)
+        await self._analyse(found, changed)
 
-    async def _begin(self, change: Change) -> None:
+    async def _begin(self, change: SetFields) -> None:
         def open_file() -> AnswerFile:
             return AnswerFile(self._folder / ANSWERS)
 
@@ -156,7 +154,7 @@ class _Run:
                 corpus: sorted(await self._gatherer.known(corpus, ids))
                 for corpus in sorted(set(corpora.values()))
             }
-            await in_thread(_write, path, json.dumps(made))
+            await in_thread(put, path, json.dumps(made).encode())
         known = json.loads(await in_thread(path.read_text))
         found = {}
         for id, corpus in corpora.items():
@@ -165,10 +163,14 @@ class _Run:
             found[id] = [question for question in questions if question]
         return found
 
-    def _count(self, oracles: Mapping[str, Sequence[Question]], stale: Sequence[Question]) -> None:
+    def _expect(self, oracles: Mapping[str, Sequence[Question]], stale: Sequence[Question]) -> None:
         for candidate in self._plan.candidates:
             total = len(self._questions) + len(oracles.get(candidate.id, ())) + len(stale)
-            self._tally.totals[candidate.id] = total
+            self._tally.expect(candidate.id, total)
+
+    async def _change_documents(self) -> Change:
+        changer = Changer(self._gateway, self._gatherer, self._comparison, self._folder)
+        return await changer.change()
 
     async def _answers(self) -> None:
         candidates = list(self._plan.candidates)
@@ -257,64 +259,17 @@ class _Run:
                     made[corpus] = await self._gatherer.found(corpus, asked)
                 except ServiceError:  # what its candidates answered says more
                     continue
-            await in_thread(_write, path, json.dumps(made))
+            await in_thread(put, path, json.dumps(made).encode())
         read = json.loads(await in_thread(path.read_text))
         return {
             corpus: {int(line): tuple(ids) for line, ids in lines.items()}
             for corpus, lines in read.items()
         }
 
-    async def _change_documents(self) -> tuple[float, dict[str, float]]:
-        """Replace the documents, once. Return when they were sent, and about how long indexing the
-        whole corpus takes."""
-        path = self._folder / SENT
-        sent = json.loads(await in_thread(path.read_text)) if path.exists() else {}
-        if "seconds" not in sent:
-            if "time" not in sent:  # of the first try: some may have been replaced by it
-                sent = {"time": time.time()}
-                await in_thread(_write, path, json.dumps(sent))
-            start = time.perf_counter()
-            changed = await self._gatherer.patiently(self._put_documents)
-            seconds = time.perf_counter() - start
-            documents = (await self._gatherer.corpus(self._plan.corpus)).documents
-            sent["seconds"] = seconds * documents / max(changed, 1)
-            await in_thread(_write, path, json.dumps(sent))
-        return sent["time"], {self._plan.corpus: sent["seconds"]}
-
-    async def _put_documents(self) -> int:
-        count = 0
-        call = self._gateway.retrieval.PutDocuments(
-            self._documents(), metadata=outgoing()["metadata"]
-        )
-        try:
-            async with real_status(call):
-                async for response in call:
-                    result = response.result
-                    count += response.HasField("result")
-                    if result.outcome == retrieval_pb2.DOCUMENT_OUTCOME_FAILED:
-                        raise ComparisonFailed("DOCUMENT_INVALID", f"{result.id}: {result.message}")
-        finally:
-            call.cancel()
-        return count
-
-    async def _documents(self) -> AsyncIterator[retrieval_pb2.PutDocumentsRequest]:
-        start = retrieval_pb2.PutDocumentsStart(corpus=self._plan.corpus)
-        yield retrieval_pb2.PutDocumentsRequest(start=start)
-        folder = self._folder / CHANGED
-        for number in range(1, self._comparison.changed_documents + 1):
-            header = await in_thread((folder / f"{number}.document").read_bytes)
-            document = retrieval_pb2.PutDocumentsDocument.FromString(header)
-            yield retrieval_pb2.PutDocumentsRequest(document=document)
-            content = await in_thread((folder / f"{number}.content").read_bytes)
-            for at in range(0, len(content), CHUNK):
-                yield retrieval_pb2.PutDocumentsRequest(chunk=content[at : at + CHUNK])
-        yield retrieval_pb2.PutDocumentsRequest(end=retrieval_pb2.PutDocumentsEnd())
-
     async def _analyse(
         self,
         found: Mapping[str, Mapping[int, tuple[str, ...]]],
-        sent: float,
-        indexing: Mapping[str, float],
+        changed: Change,
     ) -> None:
         # Late, for these are half a second of work that only this needs.
         from services.evaluation import report
@@ -339,8 +294,8 @@ class _Run:
             found=found,
             overlaps={name: lines for name, lines in overlaps.items() if lines is not None},
             training_seconds={n: seconds for n, seconds in training.items() if seconds is not None},
-            indexing_seconds=indexing,
-            changed_at=sent,
+            indexing_seconds={self._plan.corpus: changed.seconds} if self._changing else {},
+            changed_at=changed.time,
             embeddings=embeddings,
             embedder_hash=embedder,
         )
@@ -351,68 +306,16 @@ class _Run:
                 reasons.update(result.errors)
             named = ", ".join(f"{reason} {count} times" for reason, count in reasons.most_common(3))
             raise ComparisonFailed("EVERY_CANDIDATE_FAILED", f"every candidate failed: {named}")
-        await in_thread(_write, self._folder / OUTCOME, OUTCOMES.dump_json(outcome).decode())
+        if changed.refused:
+            unknown = (_unchanged(changed.refused), *outcome.verdict.unknown)
+            outcome = replace(outcome, verdict=replace(outcome.verdict, unknown=unknown))
+        await in_thread(put, self._folder / OUTCOME, OUTCOMES.dump_json(outcome))
         await in_thread(
             report.write, self._folder, self._comparison, self._questions, answers, outcome
         )
 
     def _candidate(self, id: str) -> Candidate:
         return next(one for one in self._plan.candidates if one.id == id)
-
-
-class _Tally:
-    """Counts the answers of each candidate."""
-
-    def __init__(self, candidates: Sequence[Candidate]) -> None:
-        self.totals = {candidate.id: 0 for candidate in candidates}
-        self._done: Counter[str] = Counter()
-        self._failed: dict[str, Counter[str]] = defaultdict(Counter)
-        self._strict: Counter[str] = Counter()
-        self._blind: Counter[str] = Counter()
-        self._timed: Counter[str] = Counter()
-        self._ms: Counter[str] = Counter()
-
-    def add(
-        self,
-        candidate: str,
-        strict: float | None,
-        format_blind: float | None,
-        error: str,
-        total_ms: float = 0.0,
-    ) -> None:
-        self._done[candidate] += 1
-        if error:
-            self._failed[candidate][error] += 1
-        else:
-            self._strict[candidate] += strict or 0.0  # type: ignore[assignment]
-            self._blind[candidate] += format_blind or 0.0  # type: ignore[assignment]
-        if total_ms:
-            self._timed[candidate] += 1
-            self._ms[candidate] += total_ms  # type: ignore[assignment]
-
-    def given_up(self, candidate: str) -> str:
-        """Return the reason why a candidate is not asked any more, empty if it is."""
-        failed = self._failed[candidate]
-        [(reason, count)] = failed.most_common(1) or [("", 0)]
-        return reason if count >= GIVEN_UP and count == self._done[candidate] else ""
-
-    def progress(self, concurrency: int) -> tuple[CandidateProgress, ...]:
-        return tuple(self._of(candidate, concurrency) for candidate in self.totals)
-
-    def _of(self, candidate: str, concurrency: int) -> CandidateProgress:
-        done, total = self._done[candidate], self.totals[candidate]
-        failed = sum(self._failed[candidate].values())
-        scored, timed = done - failed, self._timed[candidate]
-        each = self._ms[candidate] / timed / 1e3 / concurrency if timed else None
-        return CandidateProgress(
-            candidate,
-            done,
-            total,
-            failed,
-            0.0 if done >= total else each * (total - done) if each is not None else None,
-            self._strict[candidate] / scored if scored else None,
-            self._blind[candidate] / scored if scored else None,
-        )
 
 
 def _failed(
@@ -430,11 +333,11 @@ def _failed(
     return answer
 
 
-def _write(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all."""
-    part = path.with_suffix(".part")
-    with part.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+def _unchanged(refused: Mapping[str, str]) -> str:
+    """Say which documents could not be changed, and why."""
+    named = "; ".join(f"{id}: {why}" for id, why in list(refused.items())[:MOST_NAMED])
+    more = f"; and {len(refused) - MOST_NAMED:,} more" if len(refused) > MOST_NAMED else ""
+    return (
+        f"{len(refused):,} of the changed documents could not be indexed and stayed as they were "
+        f"({named}{more}); how the candidates follow the questions about them is not measured."
+    )

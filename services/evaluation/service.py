@@ -2,8 +2,9 @@
 
 import hashlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing
+from functools import lru_cache
 from pathlib import Path
 
 import grpc
@@ -25,6 +26,7 @@ from services.runtime.threads import in_thread
 from services.runtime.work import Event
 
 OUTCOMES = TypeAdapter(Outcome)
+OPENED = 4  # comparisons whose outcome is kept for the next page of their answers
 FORMATS = {
     pb.REPORT_FORMAT_HTML: ("html", "text/html; charset=utf-8"),
     pb.REPORT_FORMAT_MARKDOWN: ("md", "text/markdown; charset=utf-8"),
@@ -110,10 +112,9 @@ class EvaluationService(pb_grpc.EvaluationServiceServicer):
         found, more = await in_thread(
             answers.page, path, after, request.candidate, request.phase, size
         )
-        outcome = await self._outcome(comparison)
+        kinds = await self._kinds(comparison)
         for answer in found:
-            kind = outcome.failure_of.get(answer.sequence) if outcome else None
-            answer.failure = FAILURES[kind or "unspecified"]
+            answer.failure = FAILURES[kinds.get(answer.sequence, "unspecified")]
         token = checks.page_token(found[-1].sequence) if more else ""
         return pb.ListAnswersResponse(answers=found, next_page_token=token)
 
@@ -147,8 +148,12 @@ class EvaluationService(pb_grpc.EvaluationServiceServicer):
     async def _outcome(self, comparison: Comparison) -> Outcome | None:
         if comparison.state != "finished":
             return None
-        path = self._comparisons.folder_of(comparison) / OUTCOME
-        return OUTCOMES.validate_json(await in_thread(Path.read_bytes, path))
+        return await in_thread(_read, self._comparisons.folder_of(comparison) / OUTCOME)
+
+    async def _kinds(self, comparison: Comparison) -> Mapping[int, FailureKind]:
+        if comparison.state != "finished":
+            return {}
+        return await in_thread(_kinds, self._comparisons.folder_of(comparison) / OUTCOME)
 
     async def _whole(self, comparison: Comparison) -> pb.Comparison:
         return comparison_message(comparison, await self._outcome(comparison))
@@ -160,3 +165,13 @@ class EvaluationService(pb_grpc.EvaluationServiceServicer):
         else:
             response.progress.CopyFrom(progress_message(event.value))
         return response
+
+
+def _read(path: Path) -> Outcome:
+    return OUTCOMES.validate_json(path.read_bytes())
+
+
+@lru_cache(OPENED)
+def _kinds(path: Path) -> Mapping[int, FailureKind]:
+    """Return why each wrong answer of a finished comparison is wrong: that changes no more."""
+    return _read(path).failure_of

@@ -12,18 +12,19 @@ from pathlib import Path
 from typing import BinaryIO
 
 from tworoads.v1 import evaluation_pb2 as pb
-from tworoads.v1 import retrieval_pb2, tuning_pb2
+from tworoads.v1 import retrieval_pb2
 
 from services.evaluation import checks
 from services.evaluation.asking import Gateway
 from services.evaluation.comparison import CHANGED, QUESTIONS, Comparison, Prices
 from services.evaluation.comparisons import Comparisons
-from services.evaluation.messages import comparison_message, finding_message
+from services.evaluation.messages import comparison_message
 from services.evaluation.planning import Planner
 from services.evaluation.questions import QuestionFile
 from services.evaluation.scoring import check_patterns
 from services.questions.lines import Finding
-from services.runtime.call import tenant
+from services.questions.news import News
+from services.runtime.call import author, tenant
 from services.runtime.disk import space
 from services.runtime.errors import InvalidInput, NotReady, Overloaded
 from services.runtime.threads import in_thread
@@ -33,8 +34,6 @@ MOST_CHUNK = MEBIBYTE
 MOST_DOCUMENTS = 10_000
 MOST_ID = 512  # code points
 AT_ONCE = 4  # uploads, each of which holds its questions in memory
-PROGRESS_SECONDS = 0.5  # between two progress messages while lines are checked
-HEARTBEAT_SECONDS = 10.0  # between two of them while nothing moves
 
 
 class Uploads:
@@ -82,8 +81,10 @@ class Uploads:
             upload = _Upload(folder, self._most_bytes, asked.digest())
             work = asyncio.create_task(self._work(upload, start, requests))
             try:
-                async for response in _news(upload, work):
-                    yield response
+                async for fields in upload.news.until(work):
+                    yield pb.CreateComparisonResponse(**fields)
+                made = comparison_message(await work)
+                yield pb.CreateComparisonResponse(comparison=made)
             finally:
                 work.cancel()
                 await asyncio.wait([work])
@@ -127,7 +128,7 @@ class Uploads:
             clusters=len(set((await in_thread(clusters_of, scored)).tolist())),
             questions_hash=upload.questions.hash,
             created=time.time(),
-            author=tenant(),
+            author=author(),
             changed_documents=upload.documents,
             judge=self._judge if plan.scoring.judge else "",
             prices=self._prices,
@@ -146,8 +147,7 @@ class _Upload:
         self.folder = folder
         self.questions = QuestionFile()
         self.documents = 0
-        self.news: asyncio.Queue[Finding | None] = asyncio.Queue()
-        self._loop = asyncio.get_running_loop()
+        self.news = News(lambda: self.progress)
         self._left = most_bytes
         self._most_bytes = most_bytes
         self._ids: set[str] = set()
@@ -205,9 +205,8 @@ class _Upload:
         self.refuse_errors()
 
     def found(self, findings: list[Finding]) -> None:
-        for finding in findings:
-            self._errors = self._errors or finding.severity == "error"
-            self._loop.call_soon_threadsafe(self.news.put_nowait, finding)
+        self._errors = self._errors or any(finding.severity == "error" for finding in findings)
+        self.news.found(findings)
 
     def refuse_errors(self) -> None:
         """Raise InvalidInput (QUESTIONS_INVALID) if an error was found."""
@@ -252,35 +251,3 @@ class _Upload:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-
-
-async def _news(
-    upload: _Upload, work: asyncio.Task[Comparison]
-) -> AsyncIterator[pb.CreateComparisonResponse]:
-    """Yield findings as they are made, and how far the check has come, until `work` is done."""
-    work.add_done_callback(lambda _: upload.news.put_nowait(None))
-    sent, sent_at = (-1, -1), 0.0
-    while True:
-        try:
-            async with asyncio.timeout(PROGRESS_SECONDS):
-                finding = await upload.news.get()
-        except TimeoutError:
-            pass
-        else:
-            if finding is None:
-                break
-            yield pb.CreateComparisonResponse(finding=finding_message(finding))
-        seconds = time.monotonic() - sent_at
-        moved = upload.progress != sent and seconds >= PROGRESS_SECONDS
-        if moved or seconds >= HEARTBEAT_SECONDS:
-            sent, sent_at = upload.progress, time.monotonic()
-            yield _progress(sent)
-    comparison = await work
-    yield _progress(upload.progress)
-    yield pb.CreateComparisonResponse(comparison=comparison_message(comparison))
-
-
-def _progress(lines: tuple[int, int]) -> pb.CreateComparisonResponse:
-    received, checked = lines
-    progress = tuning_pb2.CheckProgress(received=received, checked=checked)
-    return pb.CreateComparisonResponse(progress=progress)

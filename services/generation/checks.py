@@ -1,13 +1,12 @@
 """Turns requests into plain values, and refuses those that can never succeed."""
 
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tworoads.v1 import generation_pb2 as pb
 
-from services.generation.schemas import check_schema
+from services.prompts.options import check_options
 from services.prompts.words import Message, Part, Role
 from services.runtime.errors import InvalidInput
 
@@ -16,10 +15,6 @@ ROLES: dict[int, Role] = {
     pb.ROLE_USER: "user",
     pb.ROLE_ASSISTANT: "assistant",
 }
-MAX_TEMPERATURE = 2.0
-MAX_STOPS = 8
-MAX_STOP_LENGTH = 64
-DEFAULT_TOKENS = 256
 ADAPTER_ID = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}@[0-9a-f]{12}")
 
 
@@ -55,34 +50,12 @@ def conversation(messages: Sequence[pb.Message]) -> list[Message]:
 def sampling(request: pb.GenerateRequest, context_length: int) -> Sampling:
     """Return how to write. Raises InvalidInput with the reasons that the proto names."""
     options = request.options
-    if options.HasField("max_tokens") and not 1 <= options.max_tokens <= context_length:
-        raise InvalidInput(
-            "MAX_TOKENS_OUT_OF_RANGE",
-            f"max_tokens must be from 1 to {context_length}",
-            limit=str(context_length),
-        )
-    most = options.max_tokens if options.HasField("max_tokens") else DEFAULT_TOKENS
-    if options.min_tokens > min(most, context_length):
-        raise InvalidInput(
-            "MIN_TOKENS_OUT_OF_RANGE", f"min_tokens must be from 0 to max_tokens, {most}"
-        )
-    if options.min_tokens and options.json_schema:  # which says itself where the text ends
-        raise InvalidInput("MIN_TOKENS_OUT_OF_RANGE", "min_tokens must be 0 with a JSON schema")
-    if not 0 <= options.temperature <= MAX_TEMPERATURE or math.isnan(options.temperature):
-        raise InvalidInput("TEMPERATURE_OUT_OF_RANGE", "temperature must be from 0 to 2")
-    stops = options.stop
-    if len(stops) > MAX_STOPS or not all(0 < len(stop) <= MAX_STOP_LENGTH for stop in stops):
-        raise InvalidInput(
-            "STOP_INVALID",
-            f"stop may have at most {MAX_STOPS} texts of 1 to {MAX_STOP_LENGTH} code points",
-        )
-    if options.json_schema:
-        check_schema(options.json_schema)
+    check_options(options, context_length)
     return Sampling(
         max_tokens=options.max_tokens if options.HasField("max_tokens") else None,
         temperature=options.temperature,
         seed=options.seed if options.HasField("seed") else None,
-        stop=tuple(stops),
+        stop=tuple(options.stop),
         json_schema=options.json_schema,
         batch=options.priority == pb.PRIORITY_BATCH,
         every_token=request.every_token,

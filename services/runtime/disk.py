@@ -49,6 +49,21 @@ def write(path: Path, blocks: Iterable[bytes]) -> File:
     return File(path.name, size, digest.hexdigest())
 
 
+def put(path: Path, content: bytes) -> None:
+    """Write a file that is there whole or not at all, in place of one that may be there. Raises
+    OSError."""
+    part = path.with_name(path.name + ".part")
+    try:
+        with part.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+
+
 def read(path: Path) -> Iterator[bytes]:
     """Return a file's content in blocks."""
     with path.open("rb") as file:

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, Self
 
+from services.runtime import metrics
 from services.runtime.call import Call, current
 from services.runtime.disk import FULL, space, sync
 from services.runtime.errors import STOPPING, InvalidInput, Overloaded, ServiceError, Stopping
@@ -68,6 +69,8 @@ class Queue(ABC, Generic[W, P]):
 
     async def __aenter__(self) -> Self:
         await asyncio.to_thread(self._clear_left_over)
+        for state in self.store.ended:  # a rate needs a zero to begin with
+            metrics.WORK_ENDED.labels(self.store.noun, state)
         self._keep_doing(self._start_next, self._queue_moved)
         return self
 
@@ -194,13 +197,17 @@ class Queue(ABC, Generic[W, P]):
         return added
 
     async def _start_next(self) -> None:
-        for work in await in_thread(self.store.unended):
+        unended = await in_thread(self.store.unended)
+        for work in unended:
             if len(self._running) >= self._max_running:
-                return
+                break
             if work.id not in self._running and work.id not in self._cancelling:
                 task = asyncio.create_task(self._run(work.id))
                 self._running[work.id] = task
                 task.add_done_callback(partial(self._left, work.id))
+        waiting = [work for work in unended if work.id not in self._running]
+        metrics.WORK.labels(self.store.noun, "running").set(len(self._running))
+        metrics.WORK.labels(self.store.noun, "queued").set(len(waiting))
 
     def _left(self, id: str, task: asyncio.Task[None]) -> None:
         del self._running[id]
@@ -231,6 +238,9 @@ class Queue(ABC, Generic[W, P]):
                 log.exception("%s %s failed", self.store.noun, work.id)
                 await self._fail(work, "INTERNAL", "the service failed; its log says why")
         self._changed(work.id)
+        ended = await in_thread(self.store.find, work.id)
+        if ended and ended.state in self.store.ended and ended.state != "cancelled":
+            metrics.WORK_ENDED.labels(self.store.noun, ended.state).inc()
         await in_thread(self._clear, work.id)
 
     async def _fail(
@@ -254,6 +264,7 @@ class Queue(ABC, Generic[W, P]):
             work, changed = await self._cancel_without_room(tenant, id)
         if not changed:
             return work
+        metrics.WORK_ENDED.labels(self.store.noun, "cancelled").inc()
         self._changed(id)
         stopped = self._spawn(self._stop_and_clear(id))
         await asyncio.wait([stopped], timeout=CANCEL_SECONDS)

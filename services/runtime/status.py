@@ -22,9 +22,9 @@ async def real_status(call: grpc.aio.Call) -> AsyncIterator[None]:
     said: asyncio.Future[grpc.aio.AioRpcError] = asyncio.get_running_loop().create_future()
 
     def note(ended: grpc.aio.Call) -> None:  # called for each status that replaces the one before
-        code, details = _now(ended.code()), _now(ended.details())
+        code, details = now(ended.code()), now(ended.details())
         if code is not grpc.StatusCode.OK and details != WRITE_FAILED and not said.done():
-            trailing = _now(ended.trailing_metadata())
+            trailing = now(ended.trailing_metadata())
             said.set_result(grpc.aio.AioRpcError(code, grpc.aio.Metadata(), trailing, details))
 
     call.add_done_callback(note)
@@ -37,7 +37,7 @@ async def real_status(call: grpc.aio.Call) -> AsyncIterator[None]:
         raise (said.result() if said.done() else error) from None
 
 
-def _now(answer: Coroutine[Any, Any, Any]) -> Any:
+def now(answer: Coroutine[Any, Any, Any]) -> Any:
     """Return what a coroutine of a call that has ended returns: it has nothing to wait for."""
     try:
         answer.send(None)

@@ -182,10 +182,11 @@ class WorkStore(Generic[W, P]):
             )
             return [self._of(row) for row in rows]
 
-    def change(self, id: str, changes: Mapping[str, Any]) -> W:
-        """Change work and return it as it is then. Raises Ended if it has ended."""
+    def change(self, id: str, changes: Mapping[str, Any], event: bool = True) -> W:
+        """Change work and return it as it is then. Without an `event` those who watch see the
+        change with the next one. Raises Ended if it has ended."""
         with self._database.transaction() as connection:
-            return self._change(connection, self._going(connection, id), changes)
+            return self._change(connection, self._going(connection, id), changes, event)
 
     def cancel(self, tenant: str, id: str) -> tuple[W, bool]:
         """End work as CANCELLED and return it; False if it was that before.
@@ -285,7 +286,9 @@ class WorkStore(Generic[W, P]):
     def _not_found(self, id: str) -> NotFound:
         return NotFound(f"{self.noun.upper()}_NOT_FOUND", f"there is no {self.noun} {id!r}")
 
-    def _change(self, connection: Connection, work: W, changes: Mapping[str, Any]) -> W:
+    def _change(
+        self, connection: Connection, work: W, changes: Mapping[str, Any], event: bool = True
+    ) -> W:
         now = time.time()
         state = changes.get("state", work.state)
         times: dict[str, Any] = {}
@@ -299,7 +302,8 @@ class WorkStore(Generic[W, P]):
             f"UPDATE {self.noun}s SET state = ?, {self.noun} = ? WHERE id = ?",
             (work.state, self._json(work), work.id),
         )
-        self._add_event(connection, work.id, "state", self._json(work), now)
+        if event:
+            self._add_event(connection, work.id, "state", self._json(work), now)
         return work
 
     def _add_event(

@@ -18,6 +18,7 @@ from tworoads.v1.retrieval_pb2_grpc import RetrievalServiceStub
 
 from services.prompts.rendering import Renderer
 from services.prompts.words import DEFAULT_VERSION
+from services.questions.news import News
 from services.runtime import disk
 from services.runtime.call import tenant
 from services.runtime.errors import InvalidInput, Overloaded
@@ -29,13 +30,11 @@ from services.tuning.data.examples import Examples, Finding, Questions
 from services.tuning.data.preparing import check_references
 from services.tuning.job import Job
 from services.tuning.jobs import Jobs
-from services.tuning.messages import finding_message, job_message
+from services.tuning.messages import job_message
 
 MEBIBYTE = 1024 * 1024
 MOST_CHUNK = MEBIBYTE
 AT_ONCE = 4  # uploads, each of which holds its examples in memory
-PROGRESS_SECONDS = 0.5  # between two progress messages while lines are checked
-HEARTBEAT_SECONDS = 10.0  # between two of them while nothing moves
 
 
 class Uploads:
@@ -83,8 +82,10 @@ class Uploads:
             upload = _Upload(folder, self._renderer, self._base.context_length, self._most_bytes)
             work = asyncio.create_task(self._work(upload, start, requests))
             try:
-                async for response in _news(upload, work):
-                    yield response
+                async for fields in upload.news.until(work):
+                    yield pb.CreateJobResponse(**fields)
+                job, ahead = await work
+                yield pb.CreateJobResponse(job=job_message(job, ahead))
             finally:
                 work.cancel()
                 await asyncio.wait([work])
@@ -154,8 +155,7 @@ class _Upload:
         self.folder = folder
         self.examples = Examples(renderer, length, DEFAULT_VERSION)
         self.questions: Questions | None = None
-        self.news: asyncio.Queue[Finding | None] = asyncio.Queue()
-        self._loop = asyncio.get_running_loop()
+        self.news = News(lambda: self.progress)
         self._left = most_bytes
         self._most_bytes = most_bytes
         self._errors: set[str] = set()
@@ -203,7 +203,7 @@ class _Upload:
         for finding in findings:
             if finding.severity == "error":
                 self._errors.add(finding.file)
-            self._loop.call_soon_threadsafe(self.news.put_nowait, finding)
+        self.news.found(findings)
 
     def refuse_errors(self) -> None:
         """Raise InvalidInput (EXAMPLES_INVALID, QUESTIONS_INVALID) if an error was found."""
@@ -226,37 +226,6 @@ class _Upload:
         if self._left < 0:
             most = self._most_bytes // MEBIBYTE
             raise InvalidInput("EXAMPLES_TOO_LARGE", f"an upload has at most {most} MiB")
-
-
-async def _news(
-    upload: _Upload, work: asyncio.Task[tuple[Job, int]]
-) -> AsyncIterator[pb.CreateJobResponse]:
-    """Yield findings as they are made, and how far the check has come, until `work` is done."""
-    work.add_done_callback(lambda _: upload.news.put_nowait(None))
-    sent, sent_at = (-1, -1), 0.0
-    while True:
-        try:
-            async with asyncio.timeout(PROGRESS_SECONDS):
-                finding = await upload.news.get()
-        except TimeoutError:
-            pass
-        else:
-            if finding is None:
-                break
-            yield pb.CreateJobResponse(finding=finding_message(finding))
-        seconds = time.monotonic() - sent_at
-        moved = upload.progress != sent and seconds >= PROGRESS_SECONDS
-        if moved or seconds >= HEARTBEAT_SECONDS:
-            sent, sent_at = upload.progress, time.monotonic()
-            yield _progress(sent)
-    job, ahead = await work
-    yield _progress(upload.progress)
-    yield pb.CreateJobResponse(job=job_message(job, ahead))
-
-
-def _progress(lines: tuple[int, int]) -> pb.CreateJobResponse:
-    received, checked = lines
-    return pb.CreateJobResponse(progress=pb.CheckProgress(received=received, checked=checked))
 
 
 def _checked(chunk: bytes) -> bytes:

@@ -1,7 +1,6 @@
 """The report of a comparison: one HTML file without any reference outside, Markdown and JSON."""
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,11 +10,13 @@ from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
 from services.evaluation.comparison import REPORT, Answer, Comparison, Question
-from services.evaluation.outcome import Outcome
+from services.evaluation.outcome import Outcome, Verdict
 from services.evaluation.report import pictures
 from services.evaluation.report.examples import telling
 from services.evaluation.report.tables import tables
 from services.evaluation.report.text import clean, markdown, number
+from services.prompts.options import unusual
+from services.runtime import disk
 
 
 def write(
@@ -34,7 +35,7 @@ def write(
         "json": json.dumps(everything, indent=1) + "\n",
     }
     for ending, text in texts.items():
-        _put(folder / f"{REPORT}.{ending}", text)
+        disk.put(folder / f"{REPORT}.{ending}", text.encode(errors="replace"))
 
 
 def _view(
@@ -56,10 +57,24 @@ def _view(
         "style": Markup(style),
         "quality": pictures.quality(comparison, outcome),
         "latency": pictures.latency(outcome),
+        "failures": pictures.failures(outcome),
+        "auto": _auto(comparison, verdict),
         "tables": tables(comparison, outcome, answers),
         "examples": telling(comparison.plan, questions, answers, verdict.candidate),
         "lists": [one for one in lists if one["items"]],
     }
+
+
+def _auto(comparison: Comparison, verdict: Verdict) -> bool:
+    """Say whether a policy can name what the verdict does."""
+    plan = comparison.plan
+    types = verdict.types if verdict.router else ()
+    wanted = {verdict.candidate, *(one.candidate for one in types)}
+    return bool(plan.corpus and verdict.candidate) and not any(
+        one.corpus not in ("", plan.corpus) or unusual(json.loads(one.options))
+        for one in plan.candidates
+        if one.id in wanted
+    )
 
 
 def _method(comparison: Comparison) -> list[str]:
@@ -98,16 +113,3 @@ def _environment(html: bool) -> Environment:
     environment.filters["number"] = number
     environment.filters["rights"] = lambda question: " / ".join(question.answers)
     return environment
-
-
-def _put(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
-    try:
-        with part.open("w", encoding="utf-8", errors="replace") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise

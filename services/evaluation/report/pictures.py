@@ -5,10 +5,19 @@ from math import log10
 from markupsafe import Markup
 
 from services.evaluation.comparison import Comparison
-from services.evaluation.outcome import Estimate, Outcome
+from services.evaluation.outcome import Estimate, FailureKind, Outcome
 
 WIDTH, HEIGHT = 640, 340
 LEFT, RIGHT, TOP, BOTTOM = 50, 620, 20, 290
+BARS = 150  # where bars begin, right of the names
+MOST_LABEL = 21  # characters
+KINDS: dict[FailureKind, str] = {
+    "knowledge_gap": "knowledge gap",
+    "retrieval_miss": "retrieval miss",
+    "reading_failure": "reading failure",
+    "behaviour_gap": "behaviour gap",
+    "unspecified": "cannot be told",
+}
 
 
 def quality(comparison: Comparison, outcome: Outcome) -> Markup:
@@ -77,12 +86,12 @@ def latency(outcome: Outcome) -> Markup:
     parts: list[Markup] = []
     for number, (name, warm) in enumerate(rows):
         y = 20 + 46 * number
-        parts.append(Markup('<text class="label" x="0" y="{}">{}</text>').format(y + 12, name))
+        parts.append(_label(y + 18, name))
         for shift, kind, p50, p95 in (
             (0, "other", warm.first_text_p50_ms, warm.first_text_p95_ms),
             (16, "main", warm.total_p50_ms, warm.total_p95_ms),
         ):
-            x, end = (150 + 380 * min(ms / longest, 1.0) for ms in (p50, p95))
+            x, end = (BARS + 350 * min(ms / longest, 1.0) for ms in (p50, p95))
             parts.append(
                 Markup(
                     '<rect class="{}" x="{}" y="{}" width="{}" height="12"/>'
@@ -103,6 +112,51 @@ def latency(outcome: Outcome) -> Markup:
         "From p50 to p95: upper bar the first text, lower bar the whole answer.",
         parts,
         30 + 46 * len(rows),
+    )
+
+
+def failures(outcome: Outcome) -> Markup:
+    """Return a bar of each candidate's wrong answers, stacked by kind; empty without any."""
+    rows = [(one.candidate, one.failures) for one in outcome.results if one.failures]
+    if not rows:
+        return Markup()
+    most = max(sum(share.answers for share in shares) for _, shares in rows) or 1
+    parts: list[Markup] = []
+    for number, (name, shares) in enumerate(rows):
+        y, x = 10 + 30 * number, float(BARS)
+        parts.append(_label(y + 13, name))
+        for kind in KINDS:
+            count = sum(share.answers for share in shares if share.kind == kind)
+            width = (RIGHT - BARS) * count / most
+            parts.append(
+                Markup('<rect class="{}" x="{:.1f}" y="{}" width="{:.1f}" height="18"/>').format(
+                    kind, x, y, max(width - 1, 0)
+                )
+            )
+            if width > 9 * len(f"{count:,}"):
+                middle = f"{x + width / 2:.1f}"
+                parts.append(
+                    Markup('<text class="in" x="{}" y="{}" text-anchor="middle">{:,}</text>')
+                    .format(middle, y + 13, count)
+                )  # fmt: skip
+            x += width
+    y = 24 + 30 * len(rows)
+    present = [kind for kind in KINDS if any(s.kind == kind for _, of in rows for s in of)]
+    for number, kind in enumerate(present):
+        parts.append(
+            Markup(
+                '<rect class="{}" x="{x}" y="{}" width="12" height="12"/>'
+                '<text x="{t}" y="{}">{}</text>'
+            ).format(kind, y, y + 10, KINDS[kind], x=8 + 126 * number, t=26 + 126 * number)
+        )
+    return _svg("Wrong answers", "How many answers are wrong, by kind.", parts, y + 22)
+
+
+def _label(y: int, name: str) -> Markup:
+    """Return a name left of the bars, cut where it is too long for its place."""
+    short = name if len(name) <= MOST_LABEL else name[: MOST_LABEL - 1] + "…"
+    return Markup('<text class="label" x="0" y="{}">{}<title>{}</title></text>').format(
+        y, short, name
     )
 
 

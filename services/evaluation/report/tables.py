@@ -1,11 +1,11 @@
 """The tables of a report; one without rows is left out."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from services.evaluation.comparison import Answer, Comparison
 from services.evaluation.outcome import CandidateResult, Outcome
-from services.evaluation.report.text import estimate, number
+from services.evaluation.report.text import estimate, number, small
 
 
 @dataclass(frozen=True)
@@ -27,24 +27,30 @@ def tables(comparison: Comparison, outcome: Outcome, answers: Sequence[Answer]) 
         Table(
             "Candidates",
             "Scores from 0 to 1 with 95 % intervals. The ceiling is with the relevant documents"
-            " given. Latency is warm, p50 / p95 to the end.",
-            ("Candidate", "Strict", "Format-blind", "Judge", "Ceiling", "Supported",
-             "Tokens in / out", "Latency", "Cold", f"{currency} per 1,000",
-             f"{currency} per correct", "Training s", "Indexing s", "Failed", "Degraded",
-             "No evidence"),
-            tuple(_candidate(comparison, one) for one in results),
+            " given.",
+            ("Candidate", "Strict", "Format-blind", "Judge", "Ceiling", "Supported", "Failed",
+             "Degraded", "No evidence"),
+            tuple(_scores(comparison, one) for one in results),
+        ),
+        Table(
+            "Time and cost",
+            f"Costs are in {currency}, training included. Latency is p50 / p95 to the end.",
+            ("Candidate", "Latency", "Latency, cold", "Tokens in / out", "Per 1,000",
+             "Per correct", "Training s", "Indexing s"),
+            tuple(_costs(one) for one in results),
         ),
         Table(
             "Differences",
             f"The first less the second, by the paired tests. The margin is {margin:.2f}.",
-            ("Pair", "Questions", "Strict", "Format-blind", "Only first / second right", "p",
-             "Holm p", "In words", "Detectable"),
+            ("Pair", "Strict", "Format-blind", "Only one right", "p", "Holm p", "In words",
+             "Detectable", "Questions"),
             tuple(
-                (f"{d.first} − {d.second}", number(d.questions), estimate(d.strict),
+                (f"{d.first} − {d.second}", estimate(d.strict),
                  estimate(d.format_blind), f"{d.only_first} / {d.only_second}",
-                 f"{d.p_value:.3g}", f"{d.adjusted_p_value:.3g}",
+                 small(d.p_value), small(d.adjusted_p_value),
                  _words(d.adjusted_p_value, d.only_first - d.only_second, d.first, d.second,
-                        d.first_not_inferior, d.second_not_inferior), f"{d.detectable:.2f}")
+                        d.first_not_inferior, d.second_not_inferior), f"{d.detectable:.2f}",
+                 number(d.questions))
                 for d in outcome.differences
             ),
         ),
@@ -114,15 +120,22 @@ def tables(comparison: Comparison, outcome: Outcome, answers: Sequence[Answer]) 
             ),
         ),
     ]  # fmt: skip
-    return [table for table in found if table.rows]
+    return [_filled(table) for table in found if table.rows]
 
 
-def _candidate(comparison: Comparison, one: CandidateResult) -> tuple[str, ...]:
-    failed = ", ".join(f"{count} {why}" for why, count in one.errors.items()) or "0"
-    warm, cold = (
-        f"{at.total_p50_ms:,.0f} / {at.total_p95_ms:,.0f} ms" if at else "–"
-        for at in (one.warm, one.cold)
+def _filled(table: Table) -> Table:
+    """Leave out the columns in which nothing is known."""
+    kept = [
+        at for at in range(len(table.header)) if any(row[at] not in ("–", "") for row in table.rows)
+    ]
+    header = tuple(table.header[at] for at in kept)
+    return replace(
+        table, header=header, rows=tuple(tuple(r[at] for at in kept) for r in table.rows)
     )
+
+
+def _scores(comparison: Comparison, one: CandidateResult) -> tuple[str, ...]:
+    failed = ", ".join(f"{count} {why}" for why, count in one.errors.items()) or "0"
     decides = comparison.plan.scoring.strict_decides
     ceiling = None
     if one.oracle:
@@ -130,11 +143,20 @@ def _candidate(comparison: Comparison, one: CandidateResult) -> tuple[str, ...]:
     return (
         one.candidate, estimate(one.scores.strict), estimate(one.scores.format_blind),
         estimate(one.scores.judge), estimate(ceiling), estimate(one.supported),
-        f"{one.input_tokens:,.0f} / {one.output_tokens:,.0f}", warm, cold,
-        number(one.cost_per_thousand), number(one.cost_per_correct),
-        number(one.training_seconds), number(one.indexing_seconds),
         f"not compared: {failed}" if one.failed else failed,
         number(one.degraded), number(one.no_evidence),
+    )  # fmt: skip
+
+
+def _costs(one: CandidateResult) -> tuple[str, ...]:
+    warm, cold = (
+        f"{at.total_p50_ms:,.0f} / {at.total_p95_ms:,.0f} ms" if at else "–"
+        for at in (one.warm, one.cold)
+    )
+    return (
+        one.candidate, warm, cold, f"{one.input_tokens:,.0f} / {one.output_tokens:,.0f}",
+        number(one.cost_per_thousand), number(one.cost_per_correct),
+        number(one.training_seconds), number(one.indexing_seconds),
     )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """Makes texts of strangers safe to show: shown as what they are, never as markup or as order."""
 
 import re
+from math import floor, log10
 
 from services.evaluation.outcome import Estimate
 
@@ -29,11 +30,21 @@ def estimate(number: Estimate | None, digits: int = 2) -> str:
     """Return a number with its interval."""
     if number is None:
         return "–"
-    return f"{number.value:.{digits}f} [{number.low:.{digits}f}, {number.high:.{digits}f}]"
+    low, high = f"{number.low:.{digits}f}", f"{number.high:.{digits}f}"
+    return f"{number.value:.{digits}f} [{low},\N{NO-BREAK SPACE}{high}]"
+
+
+def small(p: float) -> str:
+    """Return a p-value."""
+    return f"{p:.3f}" if p >= 0.001 else "<\N{NO-BREAK SPACE}0.001"
 
 
 def number(value: float | None, digits: int = 3) -> str:
     """Return a number with few digits."""
     if value is None:
         return "–"
-    return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.{digits}g}"
+    if abs(value) >= 1000 or value == int(value):
+        return f"{value:,.0f}"
+    if abs(value) >= 1e-4:
+        return f"{value:.{digits}g}"
+    return f"{value:.{digits - 1 - floor(log10(abs(value)))}f}"  # not 7.68e-05
