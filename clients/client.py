@@ -6,6 +6,7 @@ async with Client() as client:
     answer = await client.ask("How many days of leave?", corpus="handbook")
 """
 
+import os
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from typing import Any, Literal, Self
 
@@ -17,12 +18,14 @@ from tworoads.v1.generation_pb2 import GenerateOptions
 from tworoads.v1.retrieval_pb2_grpc import RetrievalServiceStub
 from tworoads.v1.tuning_pb2_grpc import TuningServiceStub
 
+from clients.credentials import credentials
 from clients.documents import Corpus, Document, Ingested, NewDocument, Progress, Upload, news_of
 from clients.errors import TworoadsError, translated
 from clients.evaluation import EvaluationMethods
 from clients.events import Answer, Event, Passage, event_of
 from clients.local import address as local_address
 from clients.tuning import TuningMethods
+from services.runtime import tracing
 from services.runtime.channel import connect
 from services.runtime.status import real_status
 
@@ -44,19 +47,38 @@ SECONDS = 60.0
 class Client(EvaluationMethods, TuningMethods):
     """Talks to the gateway at `address` (HOST:PORT); by default to the stack on this machine.
 
+    `key` is an API key or a token; `tls` is for a server with a certificate, which is checked by
+    the authorities of the system or by those in the file `ca`. What is not given is taken from the
+    environment: TWOROADS_KEY_FILE or TWOROADS_KEY, TWOROADS_TLS=1, TWOROADS_CA.
+
     Every method raises TworoadsError. Those about jobs and adapters are in clients/tuning.py,
     those about comparisons and policies in clients/evaluation.py.
     """
 
-    def __init__(self, address: str | None = None) -> None:
+    def __init__(
+        self,
+        address: str | None = None,
+        key: str = "",
+        ca: str | os.PathLike[str] | None = None,
+        tls: bool = False,
+    ) -> None:
         self.address = address or local_address()
+        self._credentials = credentials(self.address, key, ca, tls)
 
     async def __aenter__(self) -> Self:
-        self._channel = connect(self.address, ANSWERS, RETRIEVAL, TUNING, EVALUATION)
-        self._answers = AnswerServiceStub(self._channel)
-        self._retrieval = RetrievalServiceStub(self._channel)
-        self._tuning = TuningServiceStub(self._channel)
-        self._evaluation = EvaluationServiceStub(self._channel)
+        known = self._credentials
+        self._channel = connect(
+            self.address,
+            *(ANSWERS, RETRIEVAL, TUNING, EVALUATION),
+            key=known.key,
+            ca=known.ca,
+            public=known.tls,
+        )
+        channel = tracing.traced(self._channel)
+        self._answers = AnswerServiceStub(channel)
+        self._retrieval = RetrievalServiceStub(channel)
+        self._tuning = TuningServiceStub(channel)
+        self._evaluation = EvaluationServiceStub(channel)
         return self
 
     async def __aexit__(self, *_: object) -> None:

@@ -32,19 +32,28 @@ class Stack:
 
 
 def plan(
-    folder: Path, store: str, weaviate: str, weaviate_key_file: Path | None, model: str, port: int
+    folder: Path,
+    store: str,
+    weaviate: str,
+    weaviate_key_file: Path | None,
+    model: str,
+    port: int,
+    keys: Path | None = None,
 ) -> Stack:
     """Return the stack for a data folder, the front last.
 
     `store` is lancedb or weaviate; `weaviate` the address of a server, HOST:PORT,GRPC_PORT, empty
     to start one; `model` a folder or a hub id, empty for the small one from packages; `port` the
-    front's. Raises LocalError if an address or the model cannot be used, or the port is taken.
+    front's, which demands one of `keys` if that file is given. Raises LocalError if an address, the
+    model or the file cannot be used, or the port is taken.
     """
+    if keys and not keys.is_file():
+        raise LocalError(f"There is no file of keys {keys}; `tworoads keys add` makes one.")
     if not _free(port):
         raise LocalError(
             f"Port {port} of {HOST} is taken by another program; choose another with --port."
         )
-    embedding, retrieval, generation, tuning, evaluation, *metrics = free_addresses(11)
+    embedding, retrieval, generation, tuning, evaluation, internal, *metrics = free_addresses(12)
     front = f"{HOST}:{port}"
     model = model or DEFAULT
     preparing = _preparing(model)
@@ -81,7 +90,7 @@ def plan(
             "EvaluationService",
             evaluation,
             metrics[4],
-            {"FOLDER": str(folder / "evaluation"), "GATEWAY": front},
+            {"FOLDER": str(folder / "evaluation"), "GATEWAY": internal},
         ),
         _service(
             "gateway",
@@ -94,6 +103,8 @@ def plan(
                 "GENERATION": generation,
                 "TUNING": tuning,
                 "EVALUATION": evaluation,
+                "INTERNAL": internal,
+                **({"KEYS": str(keys.absolute())} if keys else {}),
             },
         ),
     )

@@ -3,7 +3,7 @@
 import asyncio
 import gzip
 import zlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +49,7 @@ from services.retrieval.stores.lancedb import LanceStore
 from services.retrieval.stores.store import Store
 from services.runtime.channel import connect
 from services.runtime.database import Database
-from services.runtime.gate import Open
+from services.runtime.gate import Gate, Open
 from services.runtime.server import Server, running
 from services.runtime.settings import ServerSettings
 from tests.fake_tuning import TUNING, FakeTuning
@@ -97,10 +97,12 @@ class FakeEmbedding(EmbeddingServiceServicer):
 
 
 class FakeGeneration(GenerationServiceServicer):
-    """Writes `answer`, a word at a time, and remembers what it was asked."""
+    """Writes `answer`, or what `says` makes of a request, a word at a time; remembers what it was
+    asked."""
 
     def __init__(self) -> None:
         self.answer = "I do not know."
+        self.says: Callable[[generation_pb2.GenerateRequest], str] | None = None
         self.requests: list[generation_pb2.GenerateRequest] = []
         self.parts_that_fit = 100
         self.error: Exception | None = None
@@ -122,7 +124,7 @@ class FakeGeneration(GenerationServiceServicer):
             parts = [p.id for m in request.messages for p in m.parts if p.droppable]
             used = parts[: self.parts_that_fit]
             prompt = generation_pb2.PromptInfo(tokens=100, used_parts=used)
-            words = self.answer.split(" ")
+            words = (self.says(request) if self.says else self.answer).split(" ")
             for index, word in enumerate(words):
                 if index == self.hold_after:
                     await asyncio.Event().wait()
@@ -182,9 +184,19 @@ async def retrieval_stack(
 
 @asynccontextmanager
 async def small_stack(
-    folder: Path, tuning: FakeTuning | None = None, **options: object
+    folder: Path,
+    tuning: FakeTuning | None = None,
+    writer: GenerationServiceServicer | None = None,
+    *,
+    gate: Gate | None = None,
+    tuning_address: str = "",
+    **options: object,
 ) -> AsyncIterator[SmallStack]:
-    """Run gateway and retrieval for real, over LanceDB in `folder`, with fake models."""
+    """Run gateway and retrieval for real, over LanceDB in `folder`, with fake models.
+
+    A `writer` is served as generation instead of the fake one; `gate` stands before the gateway,
+    open by default; `tuning_address` is that of another tuning service than the fake one.
+    """
     embedding, generation, tuning = FakeEmbedding(), FakeGeneration(), tuning or FakeTuning()
     settings = ServerSettings(grace_seconds=0)
     async with (
@@ -192,16 +204,17 @@ async def small_stack(
         retrieval_stack(store, embedding, **options) as (retrieval_server, embedding_server),
         running(settings, [GENERATION]) as generation_server,
         running(settings, [TUNING]) as tuning_server,
-        running(settings, [ANSWERS, *PUBLIC], Open()) as gateway,
+        running(settings, [ANSWERS, *PUBLIC], gate or Open()) as gateway,
+        running(settings, [ANSWERS, *PUBLIC]) as internal,
         connect(f"127.0.0.1:{retrieval_server.port}", RETRIEVAL) as retrieval,
         connect(f"127.0.0.1:{embedding_server.port}", EMBEDDING) as embedding_channel,
         connect(f"127.0.0.1:{generation_server.port}", GENERATION) as generation_channel,
-        connect(f"127.0.0.1:{tuning_server.port}", TUNING) as tuning_channel,
-        evaluation_service(folder / "evaluation", f"127.0.0.1:{gateway.port}") as evaluation,
+        connect(tuning_address or f"127.0.0.1:{tuning_server.port}", TUNING) as tuning_channel,
+        evaluation_service(folder / "evaluation", f"127.0.0.1:{internal.port}") as evaluation,
     ):
         evaluation_server, evaluation_channel, comparisons = evaluation
         await generation_server.serve(
-            lambda s: add_GenerationServiceServicer_to_server(generation, s)
+            lambda s: add_GenerationServiceServicer_to_server(writer or generation, s)
         )
         await tuning_server.serve(lambda s: add_TuningServiceServicer_to_server(tuning, s))
         answers = AnswerService(
@@ -221,7 +234,8 @@ async def small_stack(
         def forward(server: grpc.aio.Server) -> None:
             server.add_generic_rpc_handlers((Forwarder(channels, answers.forget),))
 
-        await gateway.serve(lambda s: add_AnswerServiceServicer_to_server(answers, s), forward)
+        for server in (gateway, internal):
+            await server.serve(lambda s: add_AnswerServiceServicer_to_server(answers, s), forward)
         yield SmallStack(
             f"127.0.0.1:{gateway.port}",
             embedding,

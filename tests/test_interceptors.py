@@ -192,7 +192,8 @@ async def test_a_stream_of_work_has_no_deadline_but_its_callers(
     if expected is None:
         assert said == b"None"
     else:
-        assert expected - 1 < float(said) < expected
+        # gRPC rounds a long deadline up, by as much as 1 %.
+        assert expected - 1 < float(said) < 1.011 * expected
 
 
 async def test_no_call_goes_out_when_no_time_remains() -> None:

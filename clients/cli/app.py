@@ -8,10 +8,12 @@ import typer
 from clients.cli import (
     adapters,
     ask,
+    backup,
     compare,
     comparisons,
     documents,
     jobs,
+    keys,
     logs,
     policies,
     status,
@@ -33,6 +35,8 @@ app = typer.Typer(
 for command in (
     up.up,
     up.down,
+    backup.backup,
+    backup.restore,
     status.status,
     logs.logs,
     documents.ingest,
@@ -48,6 +52,7 @@ app.add_typer(jobs.app, name="jobs")
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(comparisons.app, name="comparisons")
 app.add_typer(policies.app, name="policies")
+app.add_typer(keys.app, name="keys")
 
 
 def main() -> None:

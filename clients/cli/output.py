@@ -13,6 +13,7 @@ import typer
 from clients.client import Client, TworoadsError
 from clients.files import FileError
 from clients.local import LocalError
+from services.runtime import tracing
 
 # C0 without tab and newline, DEL, C1, line separators, overrides of the writing direction, and
 # surrogates, which no encoding takes.
@@ -50,6 +51,13 @@ ADVICE = {
     "QUERY_EMPTY": "say what to find",
     "STORE_FULL": "free some space, then run this again",
     "SERVER_UNAVAILABLE": "",
+    "CREDENTIALS_MISSING": "name the file that holds your key with TWOROADS_KEY_FILE",
+    "CREDENTIALS_INVALID": "it may have ended or been revoked: ask the operator for a new one",
+    "ROLE_MISSING": "ask the operator for a key with this role",
+    "QUOTA_REQUESTS": "or ask the operator for more",
+    "QUOTA_TOKENS": "or ask the operator for more",
+    "QUOTA_STREAMS": "or ask the operator for more",
+    "QUOTA_BYTES": "then send the rest: what is indexed already stays",
     grpc.StatusCode.DEADLINE_EXCEEDED: "try again, or let `ask` wait longer with --timeout",
     grpc.StatusCode.UNAVAILABLE: "see `tworoads status`",
     grpc.StatusCode.INTERNAL: "see `tworoads logs`",
@@ -64,7 +72,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Address = Annotated[
     str,
     typer.Option(
-        envvar="TWOROADS_ADDRESS", help="HOST:PORT of the gateway.", show_default="this machine's"
+        envvar="TWOROADS_ADDRESS",
+        help="HOST:PORT of the gateway. TWOROADS_KEY_FILE names the file with your key,"
+        " TWOROADS_TLS=1 says that it has a certificate, TWOROADS_CA=FILE who signed that.",
+        show_default="this machine's",
     ),
 ]
 DEFAULT_CORPUS = "documents"
@@ -73,11 +84,12 @@ DEFAULT_CORPUS = "documents"
 def run(address: str, work: Callable[[Client], Awaitable[T]]) -> T:
     """Do a command's work with a client; what goes wrong becomes a LocalError of one sentence."""
     try:
-        return asyncio.run(_with_client(address, work))
+        with tracing.exporting("client"):
+            return asyncio.run(_with_client(address, work))
     except TworoadsError as error:
         advice = ADVICE.get(error.reason, ADVICE.get(error.code, ""))
         raise LocalError(line(f"{error}; {advice}" if advice else str(error))) from error
-    except FileError as error:
+    except (FileError, tracing.NotInstalled) as error:
         raise LocalError(line(str(error))) from error
 
 

@@ -2,51 +2,35 @@
 
 import time
 from collections.abc import Sequence
-from types import TracebackType
-from typing import Self
 
 from rich.console import Console
-from rich.live import Live
 from rich.table import Table
 
+from clients.cli.live import Display
 from clients.local import ServiceState
 
 STYLES = {"waiting": "dim", "starting": "yellow", "ready": "green", "done": "green", "down": "red"}
 
 
-class Progress:
+class Progress(Display):
     """Shows what `show` was last given, while it is entered."""
 
     def __init__(self, console: Console) -> None:
-        self._console = console
+        super().__init__(console)
         self._states: Sequence[ServiceState] = ()
         self._printed: dict[str, str] = {}
-        self._live = Live(console=console, get_renderable=self._table, refresh_per_second=4)
 
     def show(self, states: Sequence[ServiceState]) -> None:
         """Take the states of all services."""
         self._states = states
-        if self._console.is_terminal:
+        if self.terminal:
             return
         for state in states:
             if state.status != "waiting" and self._printed.get(state.name) != state.status:
                 self._printed[state.name] = state.status
-                self._console.print(f"{state.name}: {describe(state)}", highlight=False)
+                self.tell(f"{state.name}: {describe(state)}")
 
-    def __enter__(self) -> Self:
-        if self._console.is_terminal:
-            self._live.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
-        self._live.stop()
-
-    def _table(self) -> Table:
+    def drawn(self) -> Table:
         table = Table.grid(padding=(0, 2))
         for state in self._states:
             seconds = f", {time.time() - state.since:.0f} s" if state.status == "starting" else ""

@@ -53,6 +53,13 @@ def up(
             show_default="a small one from packages",
         ),
     ] = "",
+    keys: Annotated[
+        Path | None,
+        typer.Option(
+            help="File of API keys, made by `tworoads keys add`: only who has one gets in.",
+            show_default="who can reach the port gets in",
+        ),
+    ] = None,
     data: Data = None,
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to serve on.")] = DEFAULT_PORT,
 ) -> None:
@@ -71,10 +78,11 @@ def up(
         options += ["--model", model] if model else []
         options += ["--weaviate", weaviate] if weaviate else []
         options += ["--weaviate-key-file", str(weaviate_key_file)] if weaviate_key_file else []
+        options += ["--keys", str(keys)] if keys else []
         run_detached([sys.executable, "-P", "-m", "clients.cli", "up", *options], folder)
         return
     with lock(folder):
-        run_here(plan(folder, store.value, weaviate, weaviate_key_file, model, port), folder)
+        run_here(plan(folder, store.value, weaviate, weaviate_key_file, model, port, keys), folder)
 
 
 def down(data: Data = None) -> None:

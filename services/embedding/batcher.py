@@ -12,9 +12,20 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol, Self
 
+from prometheus_client import Counter, Gauge, Histogram
+
 from services.runtime.errors import Overloaded
 
 Vector = list[float]
+
+WAITING = Gauge("tworoads_texts_waiting", "Texts that wait for the model.", ["kind"])
+TEXTS = Counter("tworoads_texts_embedded", "Texts that the model embedded.", ["kind"])
+TOKENS = Histogram(
+    "tworoads_batch_tokens",
+    "Tokens of a batch, about.",
+    ["kind"],
+    buckets=(16, 64, 256, 512, 1024, 2048, 4096, 8192, 16_384, 32_768),
+)
 
 QUERY_BATCHES = 4  # in a row, before a batch of waiting documents has its turn
 CODE_POINTS = 4  # in a token, about; the exact number is known when the model has read the text
@@ -111,6 +122,7 @@ class Batcher:
         for index, text in enumerate(texts):
             tokens = min(len(text) // CODE_POINTS + 1, self._model.max_tokens)
             queue.append(_Waiting(call, index, text, tokens))
+        WAITING.labels(kind).set(len(queue))
         self._arrived.set()
         try:
             return await call.done
@@ -120,6 +132,7 @@ class Batcher:
                 rest = [waiting for waiting in queue if waiting.call is not call]
                 queue.clear()
                 queue.extend(rest)
+                WAITING.labels(kind).set(len(queue))
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
@@ -149,4 +162,8 @@ class Batcher:
         while queue and (not batch or tokens + queue[0].tokens <= self._max_tokens):
             batch.append(queue.popleft())
             tokens += batch[-1].tokens
+        if batch:
+            WAITING.labels(kind).set(len(queue))
+            TOKENS.labels(kind).observe(tokens)
+            TEXTS.labels(kind).inc(len(batch))
         return kind, batch

@@ -5,6 +5,7 @@ from tworoads.v1 import embedding_pb2 as pb
 from tworoads.v1 import embedding_pb2_grpc as pb_grpc
 
 from services.embedding.batcher import Batcher, Kind, Model
+from services.runtime import tracing
 from services.runtime.errors import InvalidInput
 
 MAX_TEXTS = 256
@@ -26,7 +27,13 @@ class EmbeddingService(pb_grpc.EmbeddingServiceServicer):
         _check(texts)
         if request.kind not in KINDS:
             raise InvalidInput("KIND_UNKNOWN", "kind must be EMBED_KIND_QUERY or _DOCUMENT")
-        vectors = await self._batcher.embed(KINDS[request.kind], texts)
+        asked: dict[str, str | int | float] = {
+            tracing.REQUEST_MODEL: self._model.name,
+            tracing.DIMENSION: self._model.dimension,
+            tracing.TEXTS: len(texts),
+        }
+        with tracing.span("embeddings", self._model.name, asked):
+            vectors = await self._batcher.embed(KINDS[request.kind], texts)
         return pb.EmbedResponse(
             vectors=[pb.Vector(values=vector) for vector in vectors], model_hash=self._model.hash
         )

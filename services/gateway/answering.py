@@ -3,7 +3,8 @@ every sentence is checked against what the model was shown."""
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from tworoads.v1 import answer_pb2 as pb
@@ -45,6 +46,7 @@ FINISH = {
 }
 REWRITTEN_TOKENS = 64
 MOST_STOPS = 8  # of GenerateOptions.stop
+CHARACTERS_OF_A_TOKEN = 4  # about, in English
 
 
 @dataclass
@@ -137,11 +139,12 @@ class Answering:
         messages = rewriting(request.question, _turns(request.history))
         options = generation_pb2.GenerateOptions(max_tokens=REWRITTEN_TOKENS)
         text = ""
-        with downstream("generation"):
+        with downstream("generation"), _counting() as used:
             async for response in self.generation.Generate(
                 generation_pb2.GenerateRequest(messages=_messages(messages), options=options),
                 **outgoing(),
             ):
+                used.add(response)
                 text += response.text
         return text.strip() or query_of(request)
 
@@ -166,7 +169,7 @@ class Answering:
         finish = generation_pb2.GenerateFinish()
         first_text = 0.0
         checking = Checking(passages, version)
-        with downstream("generation"):
+        with downstream("generation"), _counting() as used:
             call = self.generation.Generate(
                 generation_pb2.GenerateRequest(
                     messages=_messages(messages),
@@ -178,6 +181,7 @@ class Answering:
             )
             try:
                 async for response in call:
+                    used.add(response)
                     if response.HasField("prompt"):
                         prompt = response.prompt
                         first_text = self._elapsed()
@@ -241,6 +245,35 @@ class Answering:
 
     def _elapsed(self) -> float:
         return (time.perf_counter() - self.started) * 1e3
+
+
+class _Used:
+    """Counts the tokens of one generation."""
+
+    def __init__(self) -> None:
+        self._read = self._written = self._characters = 0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens read and written. Of a generation that broke off nobody says how many it wrote:
+        they are guessed from the text."""
+        return self._read + max(self._written, self._characters // CHARACTERS_OF_A_TOKEN)
+
+    def add(self, response: generation_pb2.GenerateResponse) -> None:
+        self._read += response.prompt.tokens
+        self._characters += len(response.text)
+        if response.HasField("finish"):
+            self._written, self._characters = response.finish.tokens, 0
+
+
+@contextmanager
+def _counting() -> Iterator[_Used]:
+    """Have the caller's quota pay for a generation, however the block ends."""
+    entry, used = current.get().entry, _Used()
+    try:
+        yield used
+    finally:
+        entry.spent(used.tokens)
 
 
 async def _until_written(events: AsyncIterator[pb.AnswerResponse]) -> list[pb.AnswerResponse]:

@@ -24,9 +24,11 @@ from tworoads.v1.retrieval_pb2_grpc import RetrievalServiceStub
 from tworoads.v1.tuning_pb2 import ListAdaptersRequest
 from tworoads.v1.tuning_pb2_grpc import TuningServiceStub
 
+from services.gateway import metrics
 from services.gateway.adapters import Adapters
 from services.gateway.answering import Answering
 from services.gateway.checks import check
+from services.gateway.replicas import Replicas
 from services.prompts.words import VERSIONS
 from services.runtime.call import outgoing
 from services.runtime.errors import ServiceError, downstream
@@ -43,7 +45,9 @@ class AnswerService(pb_grpc.AnswerServiceServicer):
         embedding: EmbeddingServiceStub,
         generation: GenerationServiceStub,
         tuning: TuningServiceStub,
+        replicas: Replicas | None = None,
     ) -> None:
+        self._replicas = replicas
         self._retrieval = retrieval
         self._embedding = embedding
         self._generation = generation
@@ -64,17 +68,20 @@ class AnswerService(pb_grpc.AnswerServiceServicer):
             self._adapters,
             await self._name(),
         )
+        counted = metrics.Answer()
         async for event in answering.events():
+            counted.add(event)
             yield event
 
     async def GetServerInfo(
         self, request: pb.GetServerInfoRequest, context: grpc.aio.ServicerContext
     ) -> pb.GetServerInfoResponse:
-        model, embedder, corpora, adapters = await asyncio.gather(
+        model, embedder, corpora, adapters, replicas = await asyncio.gather(
             self._asked(self._generation.GetModel, GenerationServiceGetModelRequest()),
             self._asked(self._embedding.GetModel, EmbeddingServiceGetModelRequest()),
             self._asked(self._retrieval.ListCorpora, ListCorporaRequest(page_size=1)),
             self._asked(self._tuning.ListAdapters, ListAdaptersRequest(page_size=1)),
+            self._looked(),
         )
         base = "" if model else "the generation service is away"
         rag = base or ("" if embedder else "the embedding service is away")
@@ -97,7 +104,14 @@ class AnswerService(pb_grpc.AnswerServiceServicer):
                 for path, reason in closed.items()
             ],
             prompt_versions=VERSIONS,
+            replicas=replicas,
         )
+
+    async def _looked(self) -> list[pb.Replica]:
+        try:
+            return await self._replicas.look() if self._replicas else []
+        except ServiceError:
+            return []
 
     async def _asked(self, method: Any, request: Any) -> Any:
         """Return a service's answer, None if it cannot answer now."""

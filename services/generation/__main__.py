@@ -32,7 +32,7 @@ async def main(settings: Settings) -> None:
             raise SystemExit(f"cannot serve {settings.model}: {error}") from error
         parts.callback(engine.close)
         tuning = TuningServiceStub(
-            await parts.enter_async_context(connect(settings.tuning, TUNING))
+            await parts.enter_async_context(connect(settings.tuning, TUNING, tls=settings.tls))
         )
         adapters = Adapters(
             store,

@@ -1,6 +1,7 @@
 """`python -m services.generation.prepare --out DIR [--model PACKAGE|FOLDER|HUB_ID[@REVISION]]`
 
-Makes a checkpoint that the service can load, and prints its folder as the last line. PACKAGE is an
+Makes a checkpoint that the service can load, and prints its folder as the last line. `--link` puts
+a symbolic link to it where services look that do not know its name. PACKAGE is an
 installed Python package with one GGUF file in it; a FOLDER is taken as it is; a HUB_ID is
 downloaded at REVISION, or else at the newest one the first time and the same one from then on. What
 is prepared already stays as it is.
@@ -109,18 +110,28 @@ def _download(hub_id: str, revision: str, folder: Path, say: Callable[[str], Non
     shutil.rmtree(folder / ".cache", ignore_errors=True)
 
 
+def link(folder: Path, path: Path) -> None:
+    """Make `path` a symbolic link to `folder`, at once if it is one to another."""
+    made = path.with_name(f".{path.name}-{os.getpid()}")
+    made.symlink_to(os.path.relpath(folder, path.parent.resolve()))
+    made.replace(path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m services.generation.prepare", description=(__doc__ or "").partition("\n")[2]
     )
     parser.add_argument("--out", type=Path, required=True, help="folder that keeps the models")
     parser.add_argument("--model", default=DEFAULT, help=f"default: {DEFAULT}")
+    parser.add_argument("--link", type=Path, help="symbolic link to make to the model's folder")
     arguments = parser.parse_args()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         folder = prepare(arguments.model, arguments.out, lambda text: print(text, flush=True))
     except Unfit as error:
         sys.exit(str(error))
+    if arguments.link:
+        link(folder, arguments.link)
     print(folder, flush=True)
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import struct
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
@@ -14,10 +15,11 @@ from tworoads.v1 import generation_pb2 as pb
 from tworoads.v1 import generation_pb2_grpc as pb_grpc
 
 from services.generation.adapters import Adapters, Loader, Lora
-from services.generation.checks import DEFAULT_TOKENS, Sampling, conversation, sampling
+from services.generation.checks import Sampling, conversation, sampling
+from services.prompts.options import DEFAULT_TOKENS
 from services.prompts.rendering import PromptTooLong, Rendered, Renderer
 from services.prompts.words import Message
-from services.runtime import call
+from services.runtime import call, tracing
 from services.runtime.errors import InvalidInput
 
 T = TypeVar("T")
@@ -108,7 +110,7 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
         sent = False
         async with (
             self._adapters.using(request.adapter, request.measuring) as lora,
-            aclosing(self._engine.generate(prompt.token_ids, how, _salt(), lora)) as pieces,
+            aclosing(self._written(prompt.token_ids, how, lora)) as pieces,
         ):
             async for piece in pieces:
                 tokens += piece.tokens
@@ -121,6 +123,31 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
                 if piece.finish is not None:
                     response.finish.CopyFrom(_finish(piece.finish, tokens, arrived))
                 yield response
+
+    async def _written(
+        self, prompt: list[int], how: Sampling, lora: Lora | None
+    ) -> AsyncGenerator[Piece, None]:
+        """Pass on what the engine writes, as one span of the trace."""
+        model, started, tokens = self._engine.model.id, time.monotonic(), 0
+        asked: dict[str, str | int | float] = {
+            tracing.PROVIDER: "vllm",
+            tracing.REQUEST_MODEL: model,
+            tracing.ADAPTER: lora.name if lora else "",
+            tracing.INPUT_TOKENS: len(prompt),
+            tracing.MAX_TOKENS: how.max_tokens or 0,
+            tracing.TEMPERATURE: how.temperature,
+        }
+        with tracing.span("chat", model, asked) as span:
+            async with aclosing(self._engine.generate(prompt, how, _salt(), lora)) as pieces:
+                async for piece in pieces:
+                    if not tokens:
+                        span.set({tracing.FIRST_CHUNK: time.monotonic() - started})
+                        span.set({tracing.CACHED_TOKENS: piece.cached_tokens})
+                    tokens += piece.tokens
+                    span.set({tracing.OUTPUT_TOKENS: tokens})
+                    if piece.finish is not None:
+                        span.set({tracing.FINISH_REASONS: [piece.finish.reason]})
+                    yield piece
 
     async def Score(
         self, request: pb.ScoreRequest, context: grpc.aio.ServicerContext

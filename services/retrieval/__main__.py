@@ -35,7 +35,7 @@ async def main(settings: Settings) -> None:
     embedding = EMBEDDING.services_by_name["EmbeddingService"].full_name
     async with (
         running(settings, [name]) as server,
-        connect(settings.embedding, embedding) as channel,
+        connect(settings.embedding, embedding, tls=settings.tls) as channel,
         open_store(settings) as store,
         Parser(
             processes=settings.parser_processes,

@@ -14,6 +14,7 @@ from typing import Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from prometheus_client import Counter
 from tokenizers import Tokenizer
 
 from services.retrieval.chunking import chunk
@@ -34,6 +35,9 @@ BYTES_AT_ONCE = 128 * 1024 * 1024
 LOOKED_UP = 256  # documents that are compared with the store in one call
 COMMITTED = 2048  # passages of one commit, more only for a document that has more
 TITLE_CHARS = 200
+
+DOCUMENTS = Counter("tworoads_documents_ingested", "Documents that were ingested.", ["outcome"])
+PASSAGES = Counter("tworoads_passages_indexed", "Passages that were indexed.")
 
 Outcome = Literal["INDEXED", "UNCHANGED", "FAILED"]
 T = TypeVar("T")
@@ -279,6 +283,8 @@ class Ingest:
     def _finished(self, result: Result, size: int) -> None:
         self._room.give(size)
         self.progress.finished += 1
+        DOCUMENTS.labels(result.outcome.lower()).inc()
+        PASSAGES.inc(result.passages)
         self.results.put_nowait(result)
 
 

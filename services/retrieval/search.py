@@ -6,10 +6,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from prometheus_client import Histogram
+
 from services.retrieval.corpora import Corpora
 from services.retrieval.embedder import Embedder
 from services.retrieval.stores.store import CorpusKey, Filter, Hit, Store
 from services.runtime.errors import Overloaded, TooLate, Unavailable
+
+FOUND = Histogram(
+    "tworoads_passages_found", "Passages that a search found.", buckets=(0, 1, 3, 5, 10, 20, 50)
+)
+EMBEDDING = Histogram("tworoads_search_embed_seconds", "Time to embed a query, in seconds.")
+STORE = Histogram("tworoads_search_store_seconds", "Time of a search in the store, in seconds.")
 
 Mode = Literal["hybrid", "vector", "text"]
 
@@ -88,6 +96,9 @@ class Searcher:
             if text is not None:
                 text.cancel()
         search_ms = (time.perf_counter() - start) * 1e3 - embed_ms
+        FOUND.observe(len(hits[:limit]))
+        EMBEDDING.observe(embed_ms / 1e3)
+        STORE.observe(search_ms / 1e3)
         return Found(hits[:limit], version, embed_ms, search_ms, degraded)
 
     async def _current(self, key: CorpusKey, hits: list[Hit]) -> list[Hit]:

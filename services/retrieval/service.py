@@ -24,7 +24,8 @@ from services.retrieval.messages import (
 from services.retrieval.parser import Parser
 from services.retrieval.search import Searcher
 from services.retrieval.stores.store import CorpusKey, Store
-from services.runtime.call import tenant
+from services.runtime import tracing
+from services.runtime.call import author, tenant
 from services.runtime.errors import InvalidInput, NotFound
 
 MOST_CHUNK = 1024 * 1024
@@ -168,14 +169,17 @@ class RetrievalService(pb_grpc.RetrievalServiceServicer):
     async def Search(
         self, request: pb.SearchRequest, context: grpc.aio.ServicerContext
     ) -> pb.SearchResponse:
-        found = await self._searcher.search(
-            CorpusKey(tenant(), request.corpus),
-            checks.query(request.query),
-            checks.mode(request.mode),
-            checks.limit(request.limit),
-            checks.filter_of(request.filter),
-            request.allow_degraded,
-        )
+        limit = checks.limit(request.limit)
+        with tracing.span("retrieval", "", {tracing.TOP_K: limit}) as span:
+            found = await self._searcher.search(
+                CorpusKey(tenant(), request.corpus),
+                checks.query(request.query),
+                checks.mode(request.mode),
+                limit,
+                checks.filter_of(request.filter),
+                request.allow_degraded,
+            )
+            span.set({tracing.PASSAGES: len(found.hits)})
         return pb.SearchResponse(
             passages=[passage_of(hit) for hit in found.hits],
             corpus_version=found.corpus_version,
@@ -193,7 +197,7 @@ class RetrievalService(pb_grpc.RetrievalServiceServicer):
     async def SetPolicy(
         self, request: pb.SetPolicyRequest, context: grpc.aio.ServicerContext
     ) -> pb.SetPolicyResponse:
-        policy = policies.checked(request, tenant())
+        policy = policies.checked(request, author())
         key = CorpusKey(tenant(), request.corpus)
         async with self._lock(key):
             policy = await self._corpora.set_policy(key, policy, request.etag)

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+from services.runtime import metrics
 from services.runtime.errors import Overloaded
 
 
@@ -25,7 +26,8 @@ class Admission:
             raise Overloaded("QUEUE_FULL", "the service is busy; try again later")
         self._waiting += 1
         try:
-            await self._free.acquire()
+            with metrics.WAITING.track_inprogress():
+                await self._free.acquire()
         finally:
             self._waiting -= 1
         try:

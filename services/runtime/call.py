@@ -8,6 +8,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
+from services.runtime import tracing
 from services.runtime.errors import TooLate
 from services.runtime.gate import DEFAULT_TENANT, PRINCIPAL, REQUEST_ID, TENANT, Caller, Entry
 
@@ -35,6 +36,11 @@ def tenant() -> str:
     return current.get().tenant
 
 
+def author() -> str:
+    """Return who makes the current call: the principal, or the tenant if nobody has to say."""
+    return current.get().principal or tenant()
+
+
 def outgoing(at_most: float | None = None) -> dict[str, Any]:
     """Return the keyword arguments of a call to another service: identity and what time remains.
 
@@ -52,6 +58,7 @@ def outgoing(at_most: float | None = None) -> dict[str, Any]:
             (REQUEST_ID, call.request_id),
             (TENANT, call.tenant),
             (PRINCIPAL, call.principal),
+            *tracing.headers(),
         ),
         "timeout": timeout,
     }

@@ -15,6 +15,8 @@ from google.rpc.status_pb2 import Status
 from grpc import StatusCode
 from grpc_status import rpc_status
 
+from services.runtime import metrics
+
 DOMAIN = "tworoads"
 STOPPING = "STOPPING"  # the reason of a replica that goes or has not come yet
 LONGEST_TEXT = 300  # code points: up to 12 bytes each in a header
@@ -151,6 +153,7 @@ def from_rpc(error: grpc.aio.AioRpcError, service: str) -> Exception:
     if said is not None and code is StatusCode.UNAVAILABLE and said.reason != STOPPING:
         return Unavailable(said.reason, f"the {service} service cannot answer now; try again")
     if code in (StatusCode.UNAVAILABLE, StatusCode.CANCELLED):
+        metrics.UNSERVED.labels(service).inc()
         reason = f"{service.upper()}_UNAVAILABLE"
         return Unavailable(reason, f"the {service} service is away; try again")
     if code is StatusCode.DEADLINE_EXCEEDED:

@@ -64,8 +64,8 @@ class Inside:
         self._callers = {caller.encode() for caller in callers}
 
     def enter(self, method: str, metadata: Metadata, peer: Peer) -> Entry:
-        names = peer.get("peer_dns")
-        if self._callers and names is not None and self._callers.isdisjoint(names):
+        encrypted = b"ssl" in peer.get("transport_security_type", ())
+        if self._callers and encrypted and self._callers.isdisjoint(peer.get("peer_dns", ())):
             raise Unauthenticated("PEER_UNKNOWN", "this service is not for the caller")
         said = {key: value for key, value in metadata if isinstance(value, str)}
         return Entry(Caller(said.get(TENANT, DEFAULT_TENANT), said.get(PRINCIPAL, "")))

@@ -14,7 +14,7 @@ import grpc
 from google.protobuf.message import DecodeError
 from grpc_status import rpc_status
 
-from services.runtime import metrics
+from services.runtime import metrics, tracing
 from services.runtime.admission import Admission
 from services.runtime.call import Call, current
 from services.runtime.errors import (
@@ -146,14 +146,16 @@ class _Guard:
         metadata = context.invocation_metadata()
         call = Call(_request_id(dict(metadata).get(REQUEST_ID)), deadline=deadline, started=start)
         current.set(call)
+        span = tracing.begun(self._method, metadata, call.request_id)
         code = grpc.StatusCode.CANCELLED
+        limit = asyncio.timeout(seconds)
         try:
             self._entry = self._gate.enter(self._method, metadata, context.auth_context())
             caller = self._entry.caller
             current.set(
                 replace(call, tenant=caller.tenant, principal=caller.principal, entry=self._entry)
             )
-            async with asyncio.timeout(seconds) as limit, self._admission.admit():
+            async with limit, self._admission.admit():
                 with metrics.running(self._method):
                     yield
             code = grpc.StatusCode.OK
@@ -166,6 +168,7 @@ class _Guard:
                 raise
             if error := _service_error(problem, limit.expired()):
                 code = error.code
+                metrics.ERRORS.labels(error.reason).inc()
                 await _abort(context, error)
             else:
                 code = grpc.StatusCode.INTERNAL
@@ -175,6 +178,7 @@ class _Guard:
             seconds = time.monotonic() - start
             self._entry.ended(code.name, seconds)
             metrics.finished(self._method, code.name, seconds)
+            span.ended(code.name, blamed=code.name in tracing.FAULTS)
             log.info("%s %s %.1f ms", self._method, code.name, seconds * 1e3)
 
     def _seconds(self, context: Any) -> float | None:

@@ -5,11 +5,12 @@ import logging
 import sys
 import time
 
+from services.runtime import tracing
 from services.runtime.call import current
 
 
 class JsonFormatter(logging.Formatter):
-    """Writes time, level, logger, request id, message and, if there is one, the exception."""
+    """Writes time, level, logger, request id, message and, if there are, trace id and exception."""
 
     def format(self, record: logging.LogRecord) -> str:
         line = {
@@ -20,6 +21,8 @@ class JsonFormatter(logging.Formatter):
             "request": current.get().request_id,
             "message": record.getMessage(),
         }
+        if trace := tracing.trace_id():
+            line["trace"] = trace
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return json.dumps(line, ensure_ascii=False)

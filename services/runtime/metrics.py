@@ -1,7 +1,10 @@
-"""Prometheus metrics of the calls that a server gets."""
+"""Prometheus metrics that every service has. Labels take few values: never a tenant, never text."""
 
+import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import nan
+from pathlib import Path
 
 from prometheus_client import Counter, Gauge, Histogram, start_http_server
 
@@ -13,6 +16,23 @@ SECONDS = Histogram(
     buckets=(0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300),
 )
 RUNNING = Gauge("tworoads_calls_running", "Calls that are worked on.", ["method"])
+WAITING = Gauge("tworoads_calls_waiting", "Calls that wait for others to end.")
+ERRORS = Counter("tworoads_call_errors", "Calls that ended with a reason for it.", ["reason"])
+WORK = Gauge("tworoads_work", "Jobs or comparisons that have not ended.", ["kind", "state"])
+WORK_ENDED = Counter("tworoads_work_ended", "Jobs or comparisons that ended.", ["kind", "state"])
+EXPIRY = Gauge(
+    "tworoads_certificate_expiry_seconds",
+    "When the certificate that is shown ends, in seconds since 1970.",
+    ["side"],
+)
+
+UNSERVED = Counter(
+    "tworoads_unserved",
+    "Calls to another service that failed because no replica of it answered.",
+    ["service"],
+)
+for _service in ("embedding", "retrieval", "generation", "tuning", "evaluation"):
+    UNSERVED.labels(_service)  # from the start: what goes up must have been zero to be seen
 
 
 @contextmanager
@@ -30,6 +50,20 @@ def finished(method: str, code: str, seconds: float) -> None:
     """Count a call that ended with the status `code` after `seconds`."""
     CALLS.labels(method, code).inc()
     SECONDS.labels(method).observe(seconds)
+
+
+def certificate(side: str, file: Path) -> None:
+    """Tell when a certificate, PEM in a file that may be replaced, ends. `side` is inside or
+    public."""
+
+    def expiry() -> float:
+        try:
+            fields = ssl._ssl._test_decode_cert(file)  # type: ignore[attr-defined]
+            return ssl.cert_time_to_seconds(fields["notAfter"])
+        except (OSError, KeyError):
+            return nan
+
+    EXPIRY.labels(side).set_function(expiry)
 
 
 @contextmanager

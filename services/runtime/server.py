@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -14,11 +15,13 @@ import uvloop
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from services.runtime import logs, metrics
+from services.runtime import logs, metrics, tracing
+from services.runtime.address import is_loopback
 from services.runtime.admission import Admission
-from services.runtime.gate import Gate, Inside
+from services.runtime.gate import Gate, Inside, Open
 from services.runtime.interceptors import CallInterceptor
 from services.runtime.settings import ServerSettings
+from services.runtime.tls import server_credentials
 
 MEBIBYTE = 1024 * 1024
 OPTIONS = {
@@ -27,9 +30,6 @@ OPTIONS = {
     # Clients ping every 5 s (channel.py); the default minimum would end such a connection.
     "grpc.http2.min_ping_interval_without_data_ms": 2_000,
     "grpc.keepalive_permit_without_calls": 1,
-    # A connection that lives for ever never learns of new replicas. Calls on an old one may end in
-    # their own time, however long that is: the grace is unlimited by default.
-    "grpc.max_connection_age_ms": 60_000,
 }
 
 log = logging.getLogger(__name__)
@@ -49,6 +49,7 @@ class Server:
     ) -> None:
         self.port = port
         self.metrics_port = metrics_port
+        self.health_port: int | None = None
         self.health = health.aio.HealthServicer()
         self._settings = settings
         self._server = server
@@ -107,43 +108,115 @@ class Server:
 
 @asynccontextmanager
 async def running(
-    settings: ServerSettings, names: Sequence[str], gate: Gate | None = None
+    settings: ServerSettings,
+    names: Sequence[str],
+    gate: Gate | None = None,
+    *,
+    public_tls: Path | None = None,
 ) -> AsyncIterator[Server]:
     """Listen while the block runs, then drain. `names` are the full names of the services.
 
-    Without a `gate` the server is for our own services alone.
+    Without a `gate`, or with `Inside`, the server is for our own services alone: `settings.tls` is
+    its certificate, and callers must have one. With another gate it is for clients: `public_tls` is
+    its certificate, in a folder with tls.crt and tls.key, and callers need none.
 
     Health is NOT_SERVING until `Server.serve`; calls are refused with UNAVAILABLE until then.
-    Raises OSError if an address is taken.
+    Raises OSError if an address is taken, ValueError if certificates cannot be used or if it would
+    serve other machines unguarded.
     """
     admission = Admission(settings.max_running, settings.max_waiting)
-    calls = CallInterceptor(admission, gate or Inside(settings.callers))
+    gate = gate or Inside(settings.callers)
+    inside = isinstance(gate, Inside)
+    tls = settings.tls if inside else public_tls
+    _refuse_exposure(settings, gate, tls)
+    if tls:
+        metrics.certificate("inside" if inside else "public", tls / "tls.crt")
+    calls = CallInterceptor(admission, gate)
     with metrics.serving(settings.metrics) as metrics_port:
-        grpc_server = grpc.aio.server(interceptors=[calls], options=list(OPTIONS.items()))
-        try:
-            port = grpc_server.add_insecure_port(settings.listen)
-        except RuntimeError as error:
-            raise OSError(f"cannot listen on {settings.listen}: is the port taken?") from error
+        grpc_server = grpc.aio.server(
+            interceptors=[calls],
+            options=[
+                *OPTIONS.items(),
+                # A connection that lives for ever never learns of new replicas nor certificates.
+                # Calls on an old one may end in their own time, however long that is: the grace is
+                # unlimited by default.
+                ("grpc.max_connection_age_ms", round(settings.connection_age_seconds * 1000)),
+            ],
+        )
+        credentials = server_credentials(tls, mutual=inside) if tls else None
+        port = _add_port(grpc_server, settings.listen, credentials)
         server = Server(settings, grpc_server, calls, names, port, metrics_port)
         health_pb2_grpc.add_HealthServicer_to_server(server.health, grpc_server)
         reflection.enable_server_reflection(
             (*names, health.SERVICE_NAME, reflection.SERVICE_NAME), grpc_server
         )
         await server.report(health_pb2.HealthCheckResponse.NOT_SERVING)
-        await grpc_server.start()
-        try:
-            yield server
-        finally:
-            await server.drain()
+        async with _health_alone(server, settings.health):
+            await grpc_server.start()
+            try:
+                yield server
+            finally:
+                await server.drain()
+
+
+@asynccontextmanager
+async def _health_alone(server: Server, address: str) -> AsyncIterator[None]:
+    """Answer health checks at an address of their own, where probes need no certificate."""
+    if not address:
+        yield
+        return
+    grpc_server = grpc.aio.server(options=[*OPTIONS.items()])
+    server.health_port = _add_port(grpc_server, address)
+    health_pb2_grpc.add_HealthServicer_to_server(server.health, grpc_server)
+    await grpc_server.start()
+    try:
+        yield
+    finally:
+        await grpc_server.stop(None)
+
+
+def _add_port(server: grpc.aio.Server, address: str, credentials: Any = None) -> int:
+    try:
+        if credentials:
+            port: int = server.add_secure_port(address, credentials)
+        else:
+            port = server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise OSError(f"cannot listen on {address}: is the port taken?") from error
+    return port
+
+
+def _refuse_exposure(settings: ServerSettings, gate: Gate, tls: Path | None) -> None:
+    """Raise ValueError if other machines could call and nothing would tell who they are."""
+    if settings.insecure or is_loopback(settings.listen):
+        return
+    if isinstance(gate, Open):
+        missing = "nothing tells who calls: name a file of keys, or who issues tokens (--jwt-keys)"
+    elif tls:
+        return
+    elif isinstance(gate, Inside):
+        missing = "nothing tells who calls: name a folder of certificates (--tls)"
+    else:
+        missing = "keys would travel in the clear: name a folder with a certificate (--public-tls)"
+    raise ValueError(
+        f"{settings.listen} serves other machines, and {missing}, listen on 127.0.0.1,"
+        " or say --insecure"
+    )
 
 
 def run(main: Callable[[], Coroutine[Any, Any, None]], settings: ServerSettings) -> None:
     """Run a service's `main` to its end. What stops it is logged, and the exit code is 1."""
     logs.configure(settings.log_level)
     try:
-        uvloop.run(main())
+        with tracing.exporting(_word(settings), settings.traces):
+            uvloop.run(main())
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
         log.critical("stopped: %s", error, exc_info=True)
         sys.exit(1)
+
+
+def _word(settings: ServerSettings) -> str:
+    """Return the service's short word, which its package and its settings have as name."""
+    return type(settings).__module__.split(".")[:2][-1]

@@ -65,8 +65,8 @@ async def main(settings: Settings) -> None:
     gpu = this_processor().gpu
     async with (
         running(settings, [NAME]) as server,
-        connect(settings.generation, generation) as generation_channel,
-        connect(settings.retrieval, retrieval) as retrieval_channel,
+        connect(settings.generation, generation, tls=settings.tls) as generation_channel,
+        connect(settings.retrieval, retrieval, tls=settings.tls) as retrieval_channel,
     ):
         with (
             owned(settings.folder) as folder,

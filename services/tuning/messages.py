@@ -9,7 +9,6 @@ from tworoads.v1 import tuning_pb2 as pb
 from services.prompts.words import Message, Part, Role
 from services.runtime.errors import InvalidInput
 from services.tuning.adapters.registry import etag
-from services.tuning.data.examples import Finding
 from services.tuning.job import (
     Adapter,
     AdapterState,
@@ -52,12 +51,6 @@ CONTEXTS_OF: dict[int, Context] = {
     pb.TRAINING_CONTEXT_NONE: "none",
     pb.TRAINING_CONTEXT_RETRIEVED: "retrieved",
     pb.TRAINING_CONTEXT_MIXED: "mixed",
-}
-FILES = {"examples": pb.UPLOADED_FILE_EXAMPLES, "questions": pb.UPLOADED_FILE_QUESTIONS}
-SEVERITIES = {
-    "error": pb.FINDING_SEVERITY_ERROR,
-    "left_out": pb.FINDING_SEVERITY_LEFT_OUT,
-    "warning": pb.FINDING_SEVERITY_WARNING,
 }
 ROLES: dict[int, Role] = {
     generation_pb2.ROLE_SYSTEM: "system",
@@ -147,17 +140,6 @@ def progress_message(progress: Progress) -> pb.JobProgress:
         held_out_loss=progress.held_out_loss,
         tokens_per_second=progress.tokens_per_second,
         seconds_left=progress.seconds_left,
-    )
-
-
-def finding_message(finding: Finding) -> pb.DataFinding:
-    return pb.DataFinding(
-        file=FILES[finding.file],
-        line=finding.line,
-        severity=SEVERITIES[finding.severity],
-        reason=finding.reason,
-        message=finding.message,
-        other_line=finding.other_line,
     )
 
 

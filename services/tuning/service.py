@@ -11,7 +11,7 @@ import grpc
 from tworoads.v1 import tuning_pb2 as pb
 from tworoads.v1 import tuning_pb2_grpc as pb_grpc
 
-from services.runtime.call import tenant
+from services.runtime.call import author, tenant
 from services.runtime.threads import in_thread
 from services.tuning import checks
 from services.tuning.adapters import imports
@@ -136,7 +136,7 @@ class TuningService(pb_grpc.TuningServiceServicer):
         self, request: pb.AcceptAdapterRequest, context: grpc.aio.ServicerContext
     ) -> pb.AcceptAdapterResponse:
         adapter = await in_thread(
-            self._registry.accept, tenant(), request.adapter, tenant(), request.etag
+            self._registry.accept, tenant(), request.adapter, author(), request.etag
         )
         return pb.AcceptAdapterResponse(adapter=adapter_message(adapter))
 
