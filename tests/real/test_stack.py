@@ -139,6 +139,8 @@ async def test_the_status_shows_all_services_and_the_logs_follow_a_question_thro
     assert status["running"] and status["address"] == stack.address
     assert [service["name"] for service in status["services"]] == SERVICES
     assert {service["status"] for service in status["services"]} == {"ready"}
+    assert all(service["load"] for service in status["services"])
+    assert [replica["ready"] for replica in status["server"]["replicas"]] == [True]
     assert status["server"]["embedding_model"]
     open_paths = {p["path"].removeprefix("PATH_") for p in status["server"]["paths"] if p["open"]}
     assert open_paths == {"BASE", "RAG", "TUNED", "HYBRID", "AUTO"}
