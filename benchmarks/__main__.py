@@ -14,7 +14,15 @@ from pathlib import Path
 
 from benchmarks.stack import own_stack
 
-BEFORE = ("simulated", "embedding", "start", "training", "lora")  # without a stack
+BEFORE = (
+    "simulated",
+    "embedding",
+    "start",
+    "training",
+    "lora",
+    "scaling",
+    "identity",
+)  # without a stack
 OF_A_STACK = ("generation", "gateway", "ingest", "first_use")
 OF_QUESTIONS = ("retrieval", "answers")  # of a stack as well
 

@@ -286,11 +286,22 @@ def test_the_plan_tells_every_service_where_the_others_are(tmp_path: Path) -> No
     assert tuning.env["TWOROADS_TUNING_RETRIEVAL"] == children["retrieval"].address
     assert tuning.env["TWOROADS_TUNING_FOLDER"] == str(tmp_path / "tuning")
     evaluation, gateway = children["evaluation"], children["gateway"]
-    assert evaluation.env["TWOROADS_EVALUATION_GATEWAY"] == gateway.address
+    internal = gateway.env["TWOROADS_GATEWAY_INTERNAL"]
+    assert evaluation.env["TWOROADS_EVALUATION_GATEWAY"] == internal
+    assert "TWOROADS_GATEWAY_KEYS" not in gateway.env
     assert gateway.env["TWOROADS_GATEWAY_EVALUATION"] == evaluation.address
     assert evaluation.env["TWOROADS_EVALUATION_FOLDER"] == str(tmp_path / "evaluation")
     used = [address for c in children.values() for address in (c.address, c.metrics)]
-    assert len(set(used)) == 12
+    assert len({*used, internal}) == 13
+
+
+def test_keys_reach_the_gateway(tmp_path: Path) -> None:
+    keys = tmp_path / "keys.json"
+    with pytest.raises(LocalError, match="There is no file of keys"):
+        plan(tmp_path, "lancedb", "", None, "some/model", free_port(), keys)
+    keys.touch()
+    gateway = plan(tmp_path, "lancedb", "", None, "some/model", free_port(), keys).children[-1]
+    assert gateway.env["TWOROADS_GATEWAY_KEYS"] == str(keys)
 
 
 def test_a_weaviate_server_that_runs_already_is_used(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from tworoads.v1 import tuning_pb2 as pb
 from tworoads.v1.tuning_pb2_grpc import TuningServiceStub
 
 from services.prompts.rendering import Renderer
+from services.questions import news
 from services.runtime.call import TENANT
 from services.runtime.errors import NotReady, Unavailable, error_info
 from services.runtime.status import real_status
@@ -192,8 +193,8 @@ async def test_the_check_says_how_far_it_has_come(stack: SmallTuning) -> None:
 async def test_a_check_that_takes_long_shows_signs_of_life(
     stack: SmallTuning, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(uploads, "PROGRESS_SECONDS", 0.01)
-    monkeypatch.setattr(uploads, "HEARTBEAT_SECONDS", 0.02)
+    monkeypatch.setattr(news, "PROGRESS_SECONDS", 0.01)
+    monkeypatch.setattr(news, "HEARTBEAT_SECONDS", 0.02)
     call = stack.stub.CreateJob()
     await call.write(start())
     for _ in range(5):

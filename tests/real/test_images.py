@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -28,7 +29,6 @@ from services.runtime.healthy import is_healthy
 from tests.compose import ADDRESS, SERVICES, services
 from tests.dockerfile import build
 from tests.real.container import Image, Network, Pod, ended, weaviate
-from tests.real.stack import until
 
 pytestmark = pytest.mark.skipif(
     os.geteuid() != 0, reason="root gives containers their own file systems"
@@ -41,6 +41,7 @@ SECRETS = {"weaviate-key": {"key": b"a-key-of-the-test\n"}}
 CLUSTER = ".tworoads.svc.cluster.local"  # as tests.real.container knows hosts
 MODEL_SECONDS = 120
 READY_SECONDS = 180
+STOP_SECONDS = 60
 DOCUMENT = "The full-time employees get 27 days of paid leave a year."
 
 # Imports each module that starts nothing when it is imported; tells what else could be imported.
@@ -165,22 +166,25 @@ def test_an_image_has_what_its_modules_import_and_nothing_heavy_besides(
 
 @pytest.mark.asyncio(loop_scope="module")
 async def test_the_stack_answers_from_its_images(host: Host) -> None:
+    until = time.monotonic() + READY_SECONDS
     with ExitStack() as stack:
         started = {}
         for name in ("weaviate", *SERVICES):
             started[name] = stack.enter_context(host.container(name))
         for name in SERVICES:
             process, log = started[name]
-            address = host.network.address(name, 8081)
-
-            def decided() -> bool:
-                return process.poll() is not None or is_healthy(address, 1)  # noqa: B023
-
-            await until(lambda: asyncio.to_thread(decided), READY_SECONDS)  # type: ignore
-            assert process.poll() is None, log.read_text()
+            while not await asyncio.to_thread(is_healthy, host.network.address(name, 8081)):
+                assert process.poll() is None and time.monotonic() < until, log.read_text()
+                await asyncio.sleep(0.2)
         async with Client(host.network.address("gateway", 50050)) as client:
-            await client.create_corpus("rules")
-            answer = await client.ask(DOCUMENT, corpus="rules", path="rag", max_tokens=8)
-            assert answer.text
+            await client.create_corpus("handbook")
+            document = NewDocument("leave", DOCUMENT.encode())
+            async for _ in client.ingest("handbook", [document]):
+                pass
+            answer = await client.ask(
+                "How many days of paid leave?", corpus="handbook", path="rag", timeout=60
+            )
+            assert "27" in answer.text
+            assert await client.jobs() == await client.comparisons() == []
         for name in SERVICES:
             assert ended(started[name][0], STOP_SECONDS) == 0, started[name][1].read_text()
