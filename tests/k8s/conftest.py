@@ -43,7 +43,13 @@ WAYS = (
     Way("overlays/cpu", ("components/cert-manager",), MACHINES),
     Way(
         "overlays/gpu",
-        ("components/cert-manager", "components/keda", "components/model-volume", "monitoring"),
+        (
+            "components/cert-manager",
+            "components/keda",
+            "components/model-volume",
+            "monitoring",
+            "monitoring/traces",
+        ),
         MACHINES + tuple(Node(f"gpu-{zone}", zone, gpus=4) for zone in "abc"),
         frozenset({"generation", "tuning"}),
     ),
