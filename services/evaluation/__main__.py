@@ -54,7 +54,7 @@ async def main(settings: Settings) -> None:
         )
         runner = GatewayRunner(gateway, judge, settings.patience_seconds)
         comparisons = await stack.enter_async_context(
-            Comparisons(folder, database, runner, settings.max_running, settings.max_queued)
+            Comparisons(folder, database, runner, settings.max_comparisons, settings.max_queued)
         )
         prices = Prices(
             settings.currency,

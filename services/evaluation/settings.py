@@ -21,7 +21,7 @@ class Settings(ServerSettings):
     gateway: str = "127.0.0.1:50050"
     """Address of the gateway, which answers."""
 
-    max_running: int = Field(1, gt=0)
+    max_comparisons: int = Field(1, gt=0)
     """Comparisons that run at once; the others wait in order. They disturb each other's latency."""
 
     max_queued: int = Field(100, gt=0)
