@@ -89,6 +89,18 @@ async def test_what_was_put_is_there_when_the_store_opens_again(tmp_path: Path) 
         assert await texts(store, KEY, Filter((), (Condition("new", "eq", 1),))) == ["apple two"]
 
 
+async def test_searches_that_are_cancelled_keep_no_other_waiting(tmp_path: Path) -> None:
+    async with LanceStore.open(tmp_path) as store:
+        await put(store, KEY, make_passage("apple"))
+    for cancelled_after in np.arange(60) * 1e-4:  # seconds, while the index is loaded
+        async with LanceStore.open(tmp_path) as store:
+            assert await store.list_documents(KEY, "", 1) == []  # the tables are open
+            search = asyncio.create_task(store.search_text(KEY, "apple", 1))
+            await asyncio.sleep(cancelled_after)
+            search.cancel()
+            assert await asyncio.wait_for(store.search_text(KEY, "apple", 1), 30)
+
+
 async def test_tidying_indexes_new_rows_and_the_vectors_of_a_large_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

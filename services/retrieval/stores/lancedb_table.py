@@ -80,11 +80,14 @@ class Table:
             self.schema = await self.lance.schema()
 
     async def read(self, query: AsyncQueryBase) -> pa.Table:
-        """Return the rows of a query."""
-        try:
-            return await query.to_arrow()
-        except (RuntimeError, OSError):  # a file that tidying removed just then; not so again
-            return await query.to_arrow()
+        """Return the rows of a query.
+
+        A query whose caller is cancelled runs to its end all the same: LanceDB shares what it
+        loads, and if the one that loads is broken off, those that wait for it may wait forever.
+        """
+        reading = asyncio.ensure_future(_rows(query))
+        reading.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+        return await asyncio.shield(reading)
 
     async def tidy(self) -> None:
         """Join small files, index new rows, and index the vectors of a table that outgrew an exact
@@ -122,3 +125,10 @@ class Table:
             await self.tidy()
         except (RuntimeError, OSError):  # the next write tries again
             log.warning("a table could not be tidied", exc_info=True)
+
+
+async def _rows(query: AsyncQueryBase) -> pa.Table:
+    try:
+        return await query.to_arrow()
+    except (RuntimeError, OSError):  # a file that tidying removed just then; not so again
+        return await query.to_arrow()
