@@ -81,7 +81,7 @@ async def measure(file: Path, corpus: str, adapter: str, rounds: int, address: s
     lines = [{"question": row["question"], "answers": row["answers"]} for row in rows]
     questions = [row["question"] for row in lines]
     async with Client(address) as client:
-        await directly(client, questions[:8], corpus, adapter)  # everything is loaded
+        await directly(client, questions, corpus, adapter)  # models are loaded, prompts are cached
         ratios = []
         for number in range(1, rounds + 1):
             direct = await directly(client, questions, corpus, adapter)

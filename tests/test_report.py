@@ -2,6 +2,7 @@ import json
 import re
 import resource
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from services.evaluation.outcome import (
     Scores,
     Verdict,
 )
+from services.evaluation.report import pictures
 from services.runtime.disk import FULL
 
 NASTY = '<script>alert(1)</script>"><img src=x onerror=alert(2)> \u202eevil\x00 [a](http://b)'
@@ -136,3 +138,18 @@ def test_a_full_disk_leaves_the_report_that_was_there(tmp_path: Path) -> None:
     assert error.value.errno in FULL
     assert (tmp_path / "report.html").read_text() == before
     assert not list(tmp_path.glob("*.part"))
+
+
+def test_names_of_candidates_that_are_near_each_other_do_not_overlap() -> None:
+    names = [f"rag, {limit} passages" for limit in range(3, 9)]
+    comparison = Comparison("c1", "t", "finished", Plan((RAG,), "c"), 50, 30, "h", 0.0, model="m")
+    results = tuple(
+        CandidateResult(name, Scores(50, SOME, SOME), cost_per_thousand=0.5) for name in names
+    )
+    verdict = Verdict("rag", "", "rag", (), "")
+    drawn = str(pictures.quality(comparison, Outcome(results, (), verdict)))
+    places = re.findall(r'class="label" x="([\d.]+)" y="([\d.]+)"[^>]*>([^<]+)<', drawn)
+    assert [name for _, _, name in places] == names
+    for (x, y, name), (its_x, its_y, its_name) in combinations(places, 2):
+        apart = abs(float(x) - float(its_x)) >= 3.5 * (len(name) + len(its_name))
+        assert apart or abs(float(y) - float(its_y)) >= 14

@@ -11,6 +11,7 @@ WIDTH, HEIGHT = 640, 340
 LEFT, RIGHT, TOP, BOTTOM = 50, 620, 20, 290
 BARS = 150  # where bars begin, right of the names
 MOST_LABEL = 21  # characters
+LETTER, LINE = 7, 14  # size of a character, about
 KINDS: dict[FailureKind, str] = {
     "knowledge_gap": "knowledge gap",
     "retrieval_miss": "retrieval miss",
@@ -38,6 +39,7 @@ def quality(comparison: Comparison, outcome: Outcome) -> Markup:
     ]  # fmt: skip
     strict_decides = comparison.plan.scoring.strict_decides
     last = -100.0
+    labels: list[tuple[float, float, float]] = []
     for result, place in sorted(zip(results, places, strict=True), key=lambda pair: pair[1]):
         x = max(LEFT + 40 + (place - low) / span * (RIGHT - LEFT - 110), last + 26)
         last = x
@@ -50,12 +52,11 @@ def quality(comparison: Comparison, outcome: Outcome) -> Markup:
             ring = '<circle class="ring" cx="{x}" cy="{y}" r="11"/>' if chosen else ""
             shape = ring + '<circle class="main" cx="{x}" cy="{y}" r="6"/>'
             label = '<text class="label" x="{x}" y="{t}" text-anchor="middle">{name}</text>'
+            name = result.candidate + (" ★" if chosen else "")
+            labels.append(_free(labels, x, LETTER * len(name), _y(main.high), _y(main.low)))
             parts.append(
                 Markup(shape + label).format(
-                    x=f"{x:.1f}",
-                    y=_y(main.value),
-                    t=max(12, _y(main.high) - 6),
-                    name=result.candidate + (" ★" if chosen else ""),
+                    x=f"{x:.1f}", y=_y(main.value), t=labels[-1][1], name=name
                 )
             )
         if other:
@@ -162,6 +163,22 @@ def _label(y: int, name: str) -> Markup:
 
 def _y(score: float) -> float:
     return round(BOTTOM - (BOTTOM - TOP) * min(max(score, 0.0), 1.0), 1)
+
+
+def _free(
+    taken: list[tuple[float, float, float]], x: float, width: float, top: float, bottom: float
+) -> tuple[float, float, float]:
+    """Return where a label has room above or below an interval, as (x, y of its base, width)."""
+    lines = range((BOTTOM - TOP) // LINE)
+    above = [max(12, top - 6 - LINE * line) for line in lines]
+    below = [min(BOTTOM - 4, bottom + LINE + LINE * line) for line in lines]
+    for y in (y for pair in zip(above, below, strict=True) for y in pair):
+        if not any(
+            abs(x - other) < (width + its_width) / 2 and abs(y - its_y) < LINE
+            for other, its_y, its_width in taken
+        ):
+            return x, y, width
+    return x, above[0], width
 
 
 def _interval(x: float, number: Estimate | None, kind: str) -> Markup:
