@@ -359,6 +359,12 @@ def test_a_folder_has_one_process(folder: str) -> None:
 
 
 @pytest.mark.parametrize("folder", folders())
+def test_no_two_processes_write_passages(folder: str) -> None:
+    spec = of_kind(objects(folder), "Deployment")["retrieval"]["spec"]
+    assert (spec["replicas"], spec["strategy"]) == (1, {"type": "Recreate"})
+
+
+@pytest.mark.parametrize("folder", folders())
 def test_what_the_settings_name_is_mounted(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for service in SERVICES:
         workload = of_kind(objects(folder), "Deployment")[service]
@@ -461,6 +467,12 @@ def test_generation_has_one_autoscaler_which_is_in_no_hurry_to_scale_in(folder: 
     with_keda = objects(folder, KEDA)
     [scaled] = of_kind(with_keda, "ScaledObject").values()
     assert of_kind(with_keda, "HorizontalPodAutoscaler") == {}
+    # A scrape that fails must not look like nobody asking.
+    [demand] = [one for one in scaled["spec"]["triggers"] if one["name"] == "demand"]
+    assert re.match(
+        r"sum\(increase\(tworoads_unserved_total\{[^}]*\}\[2m\]\)\) \+ ",
+        demand["metadata"]["query"],
+    )
     keda = scaled["spec"]["advanced"]["horizontalPodAutoscalerConfig"]
     for each in (autoscaler["spec"], keda):
         assert each["behavior"]["scaleDown"]["stabilizationWindowSeconds"] >= 300
