@@ -4,18 +4,21 @@
 #   docker build --target gateway --tag tworoads/gateway:0.1.0 .
 #   docker build --target generation --build-arg ENGINE=gpu --tag tworoads/generation:0.1.0-gpu .
 #
-# and `model`, which leaves a small checkpoint at /models/model and ends. ENGINE is cpu or gpu (CUDA);
-# only embedding, generation and tuning differ by it, and `model` is always built for cpu.
+# and `model`, which leaves a checkpoint at /models/model and ends: the small one that comes as a
+# package, or --model ORGANISATION/NAME. ENGINE is cpu or gpu (CUDA); embedding, generation, tuning and
+# `model` differ by it, and the stack needs it of generation and tuning alone.
 # An image has the service's own part of the source in /opt/tworoads and what it imports in
 # /opt/venv. It runs as user 10001 on a read-only root and writes to /tmp, /data, `model` to /models.
-ARG PYTHON=3.11.14
+#
+# To pin the base by its digest: --build-arg PYTHON_IMAGE=python@sha256:...
+ARG PYTHON_IMAGE=python:3.11.14-slim-bookworm
 ARG ENGINE=cpu
 
-FROM python:${PYTHON}-slim-bookworm AS build-cpu
+FROM ${PYTHON_IMAGE} AS build-cpu
 # PyTorch has an index of builds without CUDA: gigabytes less.
 ENV UV_TORCH_BACKEND=cpu
 
-FROM python:${PYTHON}-slim-bookworm AS build-gpu
+FROM ${PYTHON_IMAGE} AS build-gpu
 # What pyproject.toml overrides is for the engine on CPUs; base models in 4 bits are for GPUs.
 ENV UV_NO_CONFIG=1 \
     QLORA=1
@@ -43,7 +46,7 @@ COPY services/runtime services/runtime
 COPY services/prompts services/prompts
 COPY services/questions services/questions
 
-FROM python:${PYTHON}-slim-bookworm AS service
+FROM ${PYTHON_IMAGE} AS service
 LABEL org.opencontainers.image.version="0.1.0"
 # The user has no name in /etc/passwd, and some libraries ask for one.
 ENV PYTHONPATH=/opt/tworoads \

@@ -9,13 +9,14 @@ import yaml
 
 FILE = Path(__file__).parents[1] / "docker-compose.yml"
 SERVICES = ("gateway", "embedding", "retrieval", "generation", "tuning", "evaluation")
+VARIABLE = re.compile(r"\$\{(\w+):-([^}]*)\}")
 ADDRESS = re.compile(r"(?:dns:///)?([a-z-]+):(\d+)")
 
 
 @cache
 def compose() -> dict[str, Any]:
-    """Return the file, its anchors and merges resolved."""
-    content: dict[str, Any] = yaml.safe_load(FILE.read_text())
+    """Return the file, its anchors and merges resolved, its variables as they are by default."""
+    content: dict[str, Any] = yaml.safe_load(VARIABLE.sub(r"\2", FILE.read_text()))
     return content
 
 

@@ -1,6 +1,9 @@
 """docker-compose.yml against the services' own settings, the Dockerfile and each other."""
 
+import os
 import re
+import subprocess
+import sys
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -8,9 +11,10 @@ from typing import Any
 
 import pytest
 
+from services.generation.prepare import DEFAULT
 from services.retrieval.stores.weaviate_server import VERSION, WeaviateServer
 from services.runtime.settings import ServerSettings
-from tests.compose import ADDRESS, SERVICES, compose, ours, seconds, services, word
+from tests.compose import ADDRESS, FILE, SERVICES, VARIABLE, compose, ours, seconds, services, word
 from tests.dockerfile import image, sources, stages
 
 OURS = sorted(ours())
@@ -196,3 +200,38 @@ def test_an_image_is_built_in_a_stage_that_it_does_not_contain(engine: str) -> N
             assert not base.startswith("build") and not base.endswith("-build")
             base = made[base].base
         assert base.startswith("python:3.11.")
+
+
+def test_the_model_that_is_chosen_stays_and_reaches_those_who_serve_it() -> None:
+    text = FILE.read_text()
+    assert set(VARIABLE.findall(text)) == {("TWOROADS_MODEL", DEFAULT), ("HF_TOKEN", "")}
+    assert services()["model"]["command"] == ["--model", DEFAULT]
+    # What has another label is made anew: it reads the model when it starts.
+    for name in ("generation", "tuning", "generation-gpu", "tuning-gpu"):
+        assert services()[name]["labels"] == {"org.tworoads.model": DEFAULT}
+
+
+@pytest.mark.parametrize("umask", ["022", "077"])
+def test_the_secrets_made_as_the_file_says_are_for_the_containers_alone(
+    umask: str, tmp_path: Path
+) -> None:
+    header = FILE.read_text().partition("\nname:")[0]
+    lines = re.findall(r"^#   ((?:install|chmod|tworoads keys) .*)", header, re.MULTILINE)
+    assert len(lines) == 6
+    for name in ("tls.crt", "tls.key"):
+        (tmp_path / name).touch(0o600)
+    script = "\n".join([f"set -e; umask {umask}", *lines])
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    subprocess.run(["bash", "-c", script], cwd=tmp_path, env={"PATH": path}, check=True)
+    secrets = tmp_path / "secrets"
+    assert secrets.stat().st_mode & 0o777 == 0o700
+    files = [file for file in secrets.rglob("*") if file.is_file()]
+    assert {str(file.relative_to(secrets)) for file in files} == {
+        "weaviate-key",
+        "keys/keys.json",
+        "public-tls/tls.crt",
+        "public-tls/tls.key",
+    }
+    for made in secrets.rglob("*"):  # the containers' user is no owner of anything
+        assert made.stat().st_mode & 0o007 == (0o004 if made.is_file() else 0o005), made
+    assert len((secrets / "weaviate-key").read_text().strip()) == 44

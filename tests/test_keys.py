@@ -126,6 +126,17 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(
     assert file.read_bytes() == before and os.listdir(file.parent) == [file.name]
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+def test_a_changed_file_keeps_its_owner_and_its_mode(file: Path) -> None:
+    key, _ = keys.add(file, "acme", "web", "reader", None)
+    os.chown(file, 10001, 10002)
+    file.chmod(0o640)
+    keys.add(file, "acme", "app", "reader", None)
+    keys.revoke(file, key.id)
+    found = file.stat()
+    assert (found.st_uid, found.st_gid, found.st_mode & 0o777) == (10001, 10002, 0o640)
+
+
 @pytest.mark.parametrize("mode", [0o620, 0o602, 0o666])
 def test_a_file_that_others_may_write_is_refused(mode: int, file: Path) -> None:
     added(file)

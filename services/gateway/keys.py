@@ -138,10 +138,14 @@ def _owned(path: Path) -> Iterator[dict[str, Key]]:
         keys = _parse(path.read_bytes()) if path.exists() else {}
         yield keys
         content = KEYS.dump_json(list(keys.values()), indent=1, exclude_none=True)
-        # Only the owner may read and write it: mkstemp sees to that.
+        # A new file only its owner may read and write: mkstemp sees to that.
         descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
             with os.fdopen(descriptor, "wb") as file:
+                if path.exists():  # it stays with those who could read it
+                    before = path.stat()
+                    os.fchown(descriptor, before.st_uid, before.st_gid)
+                    os.fchmod(descriptor, stat.S_IMODE(before.st_mode))
                 file.write(content + b"\n")
                 file.flush()
                 os.fsync(file.fileno())
