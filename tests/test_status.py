@@ -7,7 +7,7 @@ import pty
 import re
 import signal
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from threading import Thread
 from typing import Any
@@ -110,11 +110,11 @@ def test_the_names_that_are_read_are_exposed() -> None:
 
 
 @asynccontextmanager
-async def gateway(target: str) -> AsyncIterator[str]:
+async def gateway(target: str, listen: str = "127.0.0.1:0") -> AsyncIterator[str]:
     """Serve a gateway of generation alone, which is at `target`; yields its address."""
     async with (
         connect(target, GENERATION) as generation,
-        running(ServerSettings(grace_seconds=0), [ANSWERS], Open()) as server,
+        running(ServerSettings(listen=listen, grace_seconds=0), [ANSWERS], Open()) as server,
     ):
         answers = AnswerService(
             RetrievalServiceStub(generation),
@@ -177,25 +177,52 @@ async def test_a_name_that_means_nobody_has_no_replicas() -> None:
 
 async def test_watching_goes_on_until_it_is_interrupted(tmp_path: Any) -> None:
     engine = FakeEngine()
+    screen, terminal = pty.openpty()
+    shown = ""
+
+    async def until(pattern: str) -> None:
+        nonlocal shown
+        while not re.search(pattern, shown):
+            shown += await _read(screen)
+        shown = ""
+
     async with serving(engine, tmp_path, "127.0.0.1:1") as (_, generation):
-        async with gateway(generation) as address:
-            screen, terminal = pty.openpty()
+        async with asyncio.timeout(40), AsyncExitStack() as served:
+            address = await served.enter_async_context(gateway(generation))
             words = ("status", "--watch", "--address", address)
             with tworoads("", *words, stdout=terminal) as process:
                 os.close(terminal)
-                shown = ""
-                async with asyncio.timeout(20):
-                    while "generation-1" not in shown:
-                        shown += await _read(screen)
-                    engine.running = 7
-                    while not re.search(r"generation-1 +ready +7", shown):
-                        shown += await _read(screen)
+                await until("generation-1")
+                engine.running = 7
+                await until("generation-1 +ready +7")
+                await served.aclose()
+                await until("nothing answers")
+                async with gateway(generation, address):
+                    await until("generation-1 +ready +7")
                 process.send_signal(signal.SIGINT)
                 while await _read(screen):
                     pass
                 assert process.wait(10) == 0
                 assert process.stderr and process.stderr.read() == ""
-            os.close(screen)
+    os.close(screen)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--json", "--watch"), "leave out --watch"),
+        (("--data", "folder", "--address", "127.0.0.1:1"), "leave out --address"),
+    ],
+)
+def test_what_cannot_be_shown_together_is_refused(words: tuple[str, ...], says: str) -> None:
+    ended = CliRunner().invoke(app, ["status", *words])
+    assert ended.exit_code == 2 and says in ended.output
+
+
+def test_a_data_folder_goes_before_the_address_of_the_environment(tmp_path: Any) -> None:
+    environment = {"TWOROADS_ADDRESS": "127.0.0.1:1"}
+    ended = CliRunner().invoke(app, ["status", "--data", str(tmp_path)], env=environment)
+    assert ended.exit_code == 1 and f"Nothing runs on {tmp_path}" in ended.output
 
 
 async def _read(screen: int) -> str:

@@ -16,11 +16,19 @@ from rich.live import Live
 from rich.text import Text
 from tworoads.v1.answer_pb2 import GetServerInfoResponse
 
-from clients.cli.output import Json, print_json, run, table
+from clients.cli.output import Address, Json, print_json, run, table
 from clients.client import Client, TworoadsError
 from clients.health import is_ready
 from clients.load import load_of
-from clients.local import ServiceState, StackState, command, data_folder, holder, read_state
+from clients.local import (
+    LocalError,
+    ServiceState,
+    StackState,
+    command,
+    data_folder,
+    holder,
+    read_state,
+)
 
 ANSWER_SECONDS = 2.0
 WATCH_SECONDS = 1.0
@@ -41,17 +49,23 @@ Shown = tuple[dict[str, Any], list[str]]  # for programs, and for people
 
 
 def status(
+    context: typer.Context,
     json: Json = False,
     watch: Annotated[bool, typer.Option("--watch", help="Show it anew every second.")] = False,
     data: Annotated[
         Path | None, typer.Option(help="Folder of the stack.", show_default="the user's own")
     ] = None,
-    address: Annotated[
-        str, typer.Option(help="HOST:PORT of a gateway elsewhere, to show what it says of itself.")
-    ] = "",
+    address: Address = "",
 ) -> None:
     """Show how every service is, how busy, and which paths are open. Exit code 1 if no stack
-    runs."""
+    runs. With an address it shows what that gateway says of itself."""
+    if json and watch:
+        raise typer.BadParameter("--json shows it once; leave out --watch")
+    if data and address:
+        source = context.get_parameter_source("address")
+        if source and source.name != "ENVIRONMENT":
+            raise typer.BadParameter("--data is for a stack on this machine; leave out --address")
+        address = ""
     if address:
         _show(lambda: _remote(address), json, watch)
         return
@@ -70,7 +84,10 @@ def _show(look: Callable[[], Shown], json: bool, watch: bool) -> None:
     with Live(Text("\n".join(lines)), auto_refresh=False) as live, suppress(KeyboardInterrupt):
         while True:
             time.sleep(WATCH_SECONDS)
-            _, lines = look()
+            try:
+                _, lines = look()
+            except LocalError as error:  # it may come back
+                lines = [str(error)]
             live.update(Text("\n".join(lines)), refresh=True)
 
 
