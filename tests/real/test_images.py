@@ -1,4 +1,4 @@
-"""The images of the Dockerfile, without a container engine.
+"""The stack of docker-compose.yml on the images of the Dockerfile, without a container engine.
 
 An image is built in a clean virtual environment from the extras and the files of its target alone.
 A container runs as the user of the image on a read-only root, with the environment, the volumes and
@@ -10,8 +10,9 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -21,10 +22,14 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
+from clients.client import Client
+from clients.documents import NewDocument
+from clients.errors import TworoadsError
 from services.retrieval.stores.weaviate_server import find_binary
+from services.runtime.healthy import is_healthy
 from tests.compose import ADDRESS, SERVICES, services
 from tests.dockerfile import build
-from tests.real.container import Image, Network, Pod, weaviate
+from tests.real.container import Image, Network, Pod, ended, weaviate
 
 pytestmark = pytest.mark.skipif(
     os.geteuid() != 0, reason="root gives containers their own file systems"
@@ -37,6 +42,8 @@ SECRETS = {"weaviate-key": {"key": b"a-key-of-the-test\n"}}
 CLUSTER = ".tworoads.svc.cluster.local"  # as tests.real.container knows hosts
 MODEL_SECONDS = 120
 READY_SECONDS = 180
+STOP_SECONDS = 60
+DOCUMENT = "The full-time employees get 27 days of paid leave a year."
 
 # Imports each module that starts nothing when it is imported; tells what else could be imported.
 IMPORT_ALL = """
@@ -85,6 +92,9 @@ class Host:
         finally:
             process.kill()
             process.wait()
+
+    def health(self, name: str) -> str:
+        return self.network.address(name, 8081)
 
 
 def manifest(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -153,3 +163,35 @@ def test_an_image_has_what_its_modules_import_and_nothing_heavy_besides(
     *_, last = log.read_text().splitlines() or [""]
     assert code == 0, log.read_text()
     assert last.split()[1:] == FOUND.get(name, [])
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_the_stack_answers_from_its_images(host: Host) -> None:
+    until = time.monotonic() + READY_SECONDS
+    with ExitStack() as stack:
+        started = {}
+        for name in ("weaviate", *SERVICES):
+            started[name] = stack.enter_context(host.container(name))
+        for name in SERVICES:
+            process, log = started[name]
+            while not await asyncio.to_thread(is_healthy, host.network.address(name, 8081)):
+                assert process.poll() is None and time.monotonic() < until, log.read_text()
+                await asyncio.sleep(0.2)
+        async with Client(host.network.address("gateway", 50050)) as client:
+            while True:  # compose waits for the store
+                try:
+                    await client.create_corpus("handbook")
+                    break
+                except TworoadsError as error:
+                    assert error.reason == "STORE_UNAVAILABLE" and time.monotonic() < until, error
+                    await asyncio.sleep(0.5)
+            document = NewDocument("leave", DOCUMENT.encode())
+            async for _ in client.ingest("handbook", [document]):
+                pass
+            answer = await client.ask(
+                "How many days of paid leave?", corpus="handbook", path="rag", timeout=60
+            )
+            assert "27" in answer.text
+            assert await client.jobs() == await client.comparisons() == []
+        for name in SERVICES:
+            assert ended(started[name][0], STOP_SECONDS) == 0, started[name][1].read_text()

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 from asyncio.subprocess import DEVNULL, PIPE, Process
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ _SETTINGS = {
     "TRANSFORMERS_VERBOSITY": "error",
 }
 KILL_COUNTERS = (Path("/proc/vmstat"), Path("/sys/fs/cgroup/memory.events"))
+RESULT = "result.json"
 
 
 class TrainingFailed(Exception):
@@ -88,24 +89,18 @@ class ChildTrainer:
         FOLDER/adapter then. Closing the generator kills the child at once. Raises TrainingFailed,
         or Overloaded (STORE_FULL) before the child starts.
         """
-        result = folder / "result.json"
-        if not result.exists():  # else the service ended before it took the result
-            await asyncio.to_thread(self._plan, folder, options)
+        if not (folder / RESULT).exists():  # else the service ended before it took the result
+            plan = {
+                "model": str(self._model),
+                "dtype": self._dtype,
+                "threads": self._threads,
+                "checkpoint_seconds": self._checkpoint_seconds,
+            }
+            await asyncio.to_thread(write_plan, folder, plan, options)
             async with aclosing(self._run(folder)) as news:
                 async for progress in news:
                     yield progress
-        yield Trained(**json.loads(await asyncio.to_thread(result.read_text)))
-
-    def _plan(self, folder: Path, options: Options) -> None:
-        plan = {
-            "model": str(self._model),
-            "dtype": self._dtype,
-            "threads": self._threads,
-            "checkpoint_seconds": self._checkpoint_seconds,
-            "options": asdict(options),
-        }
-        with disk.space():
-            (folder / "plan.json").write_text(json.dumps(plan))
+        yield await asyncio.to_thread(read_result, folder)
 
     async def _run(self, folder: Path) -> AsyncGenerator[Progress, None]:
         killed = _kills()
@@ -140,7 +135,7 @@ class ChildTrainer:
             ) from error
         finally:
             await _stop(process, noise)
-        if (folder / "result.json").exists():  # whatever went wrong after that
+        if (folder / RESULT).exists():  # whatever went wrong after that
             return
         if failed:
             raise TrainingFailed(failed["reason"], failed["message"], log.tail())
@@ -222,8 +217,19 @@ def _kills() -> int:
     return total
 
 
+def write_plan(folder: Path, plan: Mapping[str, Any], options: Options) -> None:
+    """Write what `read_plan` returns. Raises Overloaded (STORE_FULL)."""
+    with disk.space():
+        (folder / "plan.json").write_text(json.dumps({**plan, "options": asdict(options)}))
+
+
 def read_plan(folder: Path) -> tuple[dict[str, Any], Options]:
     """Return what the child is to do: the plan, and its options."""
     plan = json.loads((folder / "plan.json").read_text())
     options = plan.pop("options")
     return plan, Options(**{**options, "targets": tuple(options["targets"])})
+
+
+def read_result(folder: Path) -> Trained:
+    """Return what the child has left."""
+    return Trained(**json.loads((folder / RESULT).read_text()))
