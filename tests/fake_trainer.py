@@ -30,6 +30,8 @@ for line in (folder / "training.jsonl").read_text().splitlines():
         (folder / "result.json").write_text(rest)
     elif action == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    elif action == "read":  # waits until somebody writes to the pipe FOLDER/go
+        (folder / "go").open().readline()
     elif action == "wait":
         signal.pause()
     elif action == "exit":

@@ -39,6 +39,7 @@ from services.tuning.adapters.registry import Registry
 from services.tuning.adapters.verifying import Verifier
 from services.tuning.job import Options, Progress
 from services.tuning.jobs import Jobs
+from services.tuning.making import Trainer
 from services.tuning.messages import messages_of
 from services.tuning.schema import SCHEMA
 from services.tuning.service import TuningService
@@ -212,7 +213,7 @@ class SmallTuning:
     address: str
     stub: TuningServiceStub
     folder: Path
-    trainer: FakeTrainer
+    trainer: Any
     generation: FakeGeneration
     retrieval: FakeRetrieval
     jobs: Jobs
@@ -221,7 +222,7 @@ class SmallTuning:
 @asynccontextmanager
 async def small_tuning(
     folder: Path,
-    trainer: FakeTrainer | None = None,
+    trainer: Trainer | None = None,
     generation: FakeGeneration | None = None,
     *,
     base: BaseModel = BASE,

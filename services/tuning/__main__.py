@@ -29,6 +29,7 @@ from services.tuning.jobs import Jobs
 from services.tuning.schema import SCHEMA
 from services.tuning.service import TuningService
 from services.tuning.settings import Settings
+from services.tuning.training.launcher import JobTrainer, open_launcher
 from services.tuning.training.trainer import ChildTrainer
 from services.tuning.uploads import MEBIBYTE, Uploads
 
@@ -59,10 +60,21 @@ def check_length(renderer: Renderer, context_length: int) -> None:
         ) from error
 
 
+def launcher_of(settings: Settings) -> JobTrainer | None:
+    """Return what launches trainings, None without a launcher. Exits if it cannot be used."""
+    if settings.launcher is None:
+        return None
+    try:
+        return open_launcher(settings.launcher, settings.model, settings.dtype, settings.threads)
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
+
+
 async def main(settings: Settings) -> None:
     generation = GENERATION.services_by_name["GenerationService"].full_name
     retrieval = RETRIEVAL.services_by_name["RetrievalService"].full_name
-    gpu = this_processor().gpu
+    launcher = launcher_of(settings)
+    gpu = launcher.gpu if launcher else this_processor().gpu
     async with (
         running(settings, [NAME]) as server,
         connect(settings.generation, generation, tls=settings.tls) as generation_channel,
@@ -88,7 +100,7 @@ async def main(settings: Settings) -> None:
                 registry,
                 base,
                 renderer,
-                ChildTrainer(settings.model, settings.dtype, settings.threads),
+                launcher or ChildTrainer(settings.model, settings.dtype, settings.threads),
                 Verifier(GenerationServiceStub(generation_channel)),
                 searching,
                 max_jobs=settings.max_jobs,
@@ -102,6 +114,8 @@ async def main(settings: Settings) -> None:
                 await server.serve(lambda s: add_TuningServiceServicer_to_server(service, s))
                 stopping = asyncio.create_task(server.stopping())
                 stopping.add_done_callback(lambda _: jobs.stop())
+                if launcher:
+                    stopping.add_done_callback(lambda _: launcher.leave())
                 await server.until_stopped()
 
 

@@ -39,7 +39,7 @@ PROBES = TypeAdapter(list[Probe])
 
 
 class Trainer(Protocol):
-    """What trains. `trainer.py` has the real one."""
+    """What trains: a child by `trainer.py`, a job of the cluster by `launcher.py`."""
 
     def train(self, folder: Path, options: Options) -> AsyncGenerator[Progress | Trained, None]:
         """Train on FOLDER/training.jsonl, from the last checkpoint in FOLDER if there is one, and

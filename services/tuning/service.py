@@ -12,6 +12,7 @@ from tworoads.v1 import tuning_pb2 as pb
 from tworoads.v1 import tuning_pb2_grpc as pb_grpc
 
 from services.runtime.call import author, tenant
+from services.runtime.errors import InvalidInput
 from services.runtime.threads import in_thread
 from services.tuning import checks
 from services.tuning.adapters import imports
@@ -123,6 +124,8 @@ class TuningService(pb_grpc.TuningServiceServicer):
         self, request: pb.DownloadAdapterRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.DownloadAdapterResponse]:
         check_id(request.adapter)
+        if request.content not in pb.AdapterContent.values():
+            raise InvalidInput("CONTENT_UNKNOWN", "an adapter has files and examples")
         adapter = await in_thread(self._registry.get, tenant(), request.adapter)
         of_examples = request.content == pb.ADAPTER_CONTENT_EXAMPLES
         content: Literal["files", "examples"] = "examples" if of_examples else "files"

@@ -50,6 +50,9 @@ class Settings(ServerSettings):
     retrieval_seconds: float = Field(300.0, ge=0)
     """How long retrieval may be away before a job that needs it fails."""
 
+    launcher: Path | None = None
+    """Manifest of the Job or TrainJob that trains, as YAML; without it a child process trains."""
+
     dtype: DType = "auto"
     """Type of the weights in training. Auto is what this machine computes fastest with."""
 

@@ -40,13 +40,23 @@ class Way:
 
 WAYS = (
     Way("overlays/kind", (), (Node("kind-control-plane"),)),
-    Way("overlays/cpu", ("components/cert-manager",), MACHINES),
+    Way(
+        "overlays/cpu",
+        (
+            "components/cert-manager",
+            "components/backup",
+            "components/load-balancer",
+            "components/training-job",
+        ),
+        MACHINES,
+    ),
     Way(
         "overlays/gpu",
         (
             "components/cert-manager",
             "components/keda",
             "components/model-volume",
+            "components/model-download",
             "monitoring",
             "monitoring/traces",
         ),
@@ -56,11 +66,11 @@ WAYS = (
 )
 
 
-_MODEL = {
+_BUCKET = {
     "apiVersion": "v1",
-    "kind": "PersistentVolumeClaim",
-    "metadata": {"name": "model", "namespace": NAMESPACE},
-    "spec": {"accessModes": ["ReadOnlyMany"], "resources": {"requests": {"storage": "100Gi"}}},
+    "kind": "Secret",
+    "metadata": {"name": "weaviate-bucket", "namespace": NAMESPACE},
+    "stringData": {"BACKUP_S3_BUCKET": "copies"},
 }
 
 
@@ -78,6 +88,11 @@ class Installed:
         return [
             self.cluster.get(reference(each), "-n", NAMESPACE) for each in workloads(self.objects)
         ]
+
+    def pods(self) -> list[Object]:
+        """Return what runs; not what has ended."""
+        selector = "--field-selector=status.phase!=Succeeded"
+        return list(self.cluster.get("pods", "-n", NAMESPACE, selector))
 
     def is_ready(self) -> bool:
         """Tell whether every workload has its pods, and the autoscaler its least number."""
@@ -115,8 +130,8 @@ def installed(
             "label", "ns", NAMESPACE, "--overwrite", "pod-security.kubernetes.io/warn=restricted"
         )
         cluster.apply(_certified(objects))
-        if "components/model-volume" in way.components:
-            cluster.apply([_MODEL])
+        if "components/backup" in way.components:
+            cluster.apply([_BUCKET])
         warnings = cluster.apply(objects)
         installed = Installed(cluster, way, objects, warnings)
         until(installed.is_ready, 60, f"every pod ready\n{warnings}")

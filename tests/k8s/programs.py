@@ -28,10 +28,17 @@ PACKAGES = {
     "kwok": "sigs.k8s.io/kwok/cmd/kwok",
 }
 DEFINITIONS = {
+    "github.com/kubeflow/trainer/v2@v2.3.0": (
+        "manifests/base/crds/trainer.kubeflow.org_trainingruntimes.yaml",
+        "manifests/base/crds/trainer.kubeflow.org_trainjobs.yaml",
+    ),
     "github.com/kedacore/keda/v2@v2.21.0": ("config/crd/bases/keda.sh_scaledobjects.yaml",),
     "github.com/cert-manager/cert-manager@v1.21.2": (
         "deploy/crds/cert-manager.io_certificates.yaml",
         "deploy/crds/cert-manager.io_issuers.yaml",
+    ),
+    "github.com/kubernetes-csi/external-snapshotter/client/v8@v8.7.0": (
+        "config/crd/snapshot.storage.k8s.io_volumesnapshots.yaml",
     ),
     "github.com/prometheus-operator/prometheus-operator@v0.85.0": (
         "example/prometheus-operator-crd/monitoring.coreos.com_podmonitors.yaml",
@@ -57,7 +64,7 @@ def programs() -> Path:
 
 
 def definitions() -> list[Path]:
-    """Return the files that define the resources of KEDA, cert-manager and Prometheus.
+    """Return the files that define the resources of other programs, such as KEDA and cert-manager.
 
     Raises RuntimeError if they have to be fetched and Go is not installed.
     """

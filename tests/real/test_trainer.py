@@ -1,9 +1,11 @@
 """The real trainer on the real small model: sixteen small steps at most."""
 
+import asyncio
 import json
 import os
 import resource
 import shutil
+import sys
 import time
 from contextlib import aclosing, contextmanager
 from itertools import product
@@ -26,7 +28,13 @@ from services.prompts.words import conversation
 from services.tuning.job import Options, Progress
 from services.tuning.training.batches import read
 from services.tuning.training.packing import ATTENTION, attend, pack
-from services.tuning.training.trainer import ChildTrainer, Trained, TrainingFailed
+from services.tuning.training.trainer import (
+    ChildTrainer,
+    Trained,
+    TrainingFailed,
+    read_result,
+    write_plan,
+)
 
 PLACES = "Lyon Turin Graz Ghent Porto Bergen Tampere Bilbao".split()
 THINGS = "bread tools maps tea glass".split()
@@ -151,10 +159,10 @@ async def test_a_rate_that_is_far_too_high_is_said_to_be(generation_model, train
     assert caught.value.reason == "LOSS_NOT_FINITE"
 
 
-async def test_a_model_with_an_attention_of_its_own_is_trained_too(
-    generation_model, training_file, tmp_path
-):
-    model = tmp_path / "model"
+@pytest.fixture(scope="module")
+def tiny_model(generation_model, tmp_path_factory):
+    """A model whose attention is not done packed, and which nothing has trained yet."""
+    model = tmp_path_factory.mktemp("tiny") / "model"
     AutoTokenizer.from_pretrained(generation_model).save_pretrained(model)
     config = Gemma2Config(
         vocab_size=49152,
@@ -167,11 +175,29 @@ async def test_a_model_with_an_attention_of_its_own_is_trained_too(
         sliding_window=16,
     )
     Gemma2ForCausalLM(config).save_pretrained(model)
+    return model
+
+
+async def test_a_model_with_an_attention_of_its_own_is_trained_too(
+    tiny_model, training_file, tmp_path
+):
     folder = job(tmp_path / "job", training_file)
-    *progress, result = await trained(ChildTrainer(model), folder, Options(epochs=1))
+    *progress, result = await trained(ChildTrainer(tiny_model), folder, Options(epochs=1))
     assert isinstance(result, Trained) and isinstance(progress[-1], Progress)
     assert progress[-1].step == progress[-1].steps
     assert "padded, not packed" in (folder / "log").read_text()
+
+
+async def test_the_pod_of_a_training_job_trains_too(tiny_model, training_file, tmp_path):
+    folder = job(tmp_path / "job", training_file)
+    plan = {"model": str(tiny_model), "dtype": "auto", "threads": 0, "checkpoint_seconds": 60.0}
+    write_plan(folder, plan, Options(epochs=1))
+    pod = (sys.executable, "-P", "-m", "services.tuning.training.pod", str(folder))
+    process = await asyncio.create_subprocess_exec(*pod)
+    assert await process.wait() == 0, (folder / "log").read_text()
+    progress = Progress(**json.loads((folder / "news.json").read_text()))
+    assert progress.step == progress.steps
+    assert len(read_result(folder).probes) == PROBES
 
 
 def test_a_packed_batch_has_the_loss_and_gradients_of_the_padded_one(

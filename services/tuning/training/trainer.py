@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from services.runtime import disk
+from services.runtime.processor import cores
 from services.tuning.job import Options, Progress
 
 LOG_TAIL_BYTES = 16 * 1024
@@ -76,7 +77,7 @@ class ChildTrainer:
     ) -> None:
         self._model = Path(model).resolve()
         self._dtype = dtype
-        self._threads = threads or len(os.sched_getaffinity(0))
+        self._threads = threads or cores()
         self._checkpoint_seconds = checkpoint_seconds
         self._module = module
 
