@@ -4,9 +4,10 @@ import json
 from collections import Counter
 
 import pytest
+import yaml
 
 from tests.k8s.conftest import NAMESPACE, WAYS, Installed
-from tests.k8s.manifests import K8S, name, needed, of_kind, replicas, selects
+from tests.k8s.manifests import K8S, name, needed, of_kind, reference, replicas, selects
 from tests.k8s.readiness import is_ready
 
 
@@ -21,7 +22,7 @@ def test_pods_are_held_to_the_restricted_standard(installed: Installed) -> None:
 
 
 def test_every_pod_has_a_node_and_runs(installed: Installed) -> None:
-    pods = installed.cluster.get("pods", "-n", NAMESPACE)
+    pods = installed.pods()
     wanted = sum(replicas(workload) for workload in installed.workloads())
     assert len(pods) == wanted > 0
     assert [name(pod) for pod in pods if not (pod["spec"].get("nodeName") and is_ready(pod))] == []
@@ -29,7 +30,7 @@ def test_every_pod_has_a_node_and_runs(installed: Installed) -> None:
 
 def test_what_computes_on_gpus_and_nothing_else_has_them(installed: Installed) -> None:
     machines = {node.name for node in installed.way.nodes if node.gpus}
-    pods = installed.cluster.get("pods", "-n", NAMESPACE)
+    pods = installed.pods()
     found = {
         pod["metadata"]["labels"]["app.kubernetes.io/name"]
         for pod in pods
@@ -66,7 +67,7 @@ def test_every_pod_is_scraped(installed: Installed) -> None:
         pytest.skip("installed without k8s/monitoring")
     (monitor,) = monitors
     scraped = {endpoint["port"] for endpoint in monitor["spec"]["podMetricsEndpoints"]}
-    for pod in installed.cluster.get("pods", "-n", NAMESPACE):
+    for pod in installed.pods():
         ports = {
             port["name"]
             for container in pod["spec"]["containers"]
@@ -91,6 +92,9 @@ def test_every_service_leads_to_ready_pods(installed: Installed) -> None:
 def test_every_policy_selects_a_pod(installed: Installed) -> None:
     pods = installed.cluster.get("pods", "-n", NAMESPACE)
     labels = [pod["metadata"]["labels"] for pod in pods]
+    for task in of_kind(installed.objects, "CronJob"):  # has pods at night alone
+        template = task["spec"]["jobTemplate"]["spec"]["template"]
+        labels.append(template["metadata"]["labels"])
     selectors = [
         (name(budget), budget["spec"]["selector"])
         for budget in of_kind(installed.objects, "PodDisruptionBudget")
@@ -100,7 +104,7 @@ def test_every_policy_selects_a_pod(installed: Installed) -> None:
         selectors.append((name(policy), spec["podSelector"]))
         for rule in [*spec.get("ingress", []), *spec.get("egress", [])]:
             for peer in [*rule.get("from", []), *rule.get("to", [])]:
-                if "namespaceSelector" not in peer:  # else it means pods that others run
+                if not {"namespaceSelector", "ipBlock"} & peer.keys():  # pods that others run
                     selectors.append((name(policy), peer["podSelector"]))
     assert selectors
     assert [
@@ -108,6 +112,46 @@ def test_every_policy_selects_a_pod(installed: Installed) -> None:
         for policy, selector in selectors
         if not any(selects(selector, each) for each in labels)
     ] == []
+
+
+def test_a_task_is_admitted_and_ends(installed: Installed) -> None:
+    cluster = installed.cluster
+    tasks = of_kind(installed.objects, "Job", "CronJob")
+    if not tasks:
+        pytest.skip("installed without tasks")
+    for task in tasks:
+        job = reference(task)
+        if task["kind"] == "CronJob":
+            job = "job/now"
+            source = f"--from={reference(task)}"
+            cluster.kubectl("create", "job", "now", source, "-n", NAMESPACE)
+        cluster.kubectl("wait", "--for=condition=Complete", job, "-n", NAMESPACE, "--timeout=30s")
+        if task["kind"] == "CronJob":
+            cluster.kubectl("delete", job, "-n", NAMESPACE)
+
+
+def test_a_copy_is_brought_back_by_the_task_that_made_it(installed: Installed) -> None:
+    cluster = installed.cluster
+    if not of_kind(installed.objects, "CronJob"):
+        pytest.skip("installed without backups")
+    source = ("restore", "--from=cronjob/weaviate-backup", "-n", NAMESPACE)
+    made = cluster.kubectl("create", "job", *source, "--dry-run=client", "-o", "yaml")
+    said = ("WORK=restore", "ID=nightly-1")
+    changed = cluster.kubectl("set", "env", "--local", "-f", "-", *said, "-o", "yaml", given=made)
+    told = cluster.run("apply", "--dry-run=server", "-f", "-", given=changed)
+    assert (told.returncode, told.stderr) == (0, "")
+    [container] = yaml.safe_load(changed)["spec"]["template"]["spec"]["containers"]
+    given = {one["name"]: one["value"] for one in container["env"]}
+    assert given == {"WORK": "restore", "ID": "nightly-1"}
+
+
+def test_volumes_are_copied_by_snapshots(installed: Installed) -> None:
+    file = str(K8S / "components" / "backup" / "snapshots.yaml")
+    said = "jsonpath={.spec.source.persistentVolumeClaimName}{'\\n'}"
+    command = ("create", "-f", file, "--dry-run=server", "--validate=strict", "-o", said)
+    copied = installed.cluster.kubectl(*command).split()
+    claims = {name(claim) for claim in of_kind(installed.objects, "PersistentVolumeClaim")}
+    assert set(copied) == claims - {"model"}  # which can be downloaded again
 
 
 def test_what_runs_more_than_once_has_a_budget_that_lets_one_go(installed: Installed) -> None:
