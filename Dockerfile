@@ -5,10 +5,11 @@
 #   docker build --target generation --build-arg ENGINE=gpu --tag tworoads/generation:0.1.0-gpu .
 #
 # and `model`, which leaves a checkpoint at /models/model and ends: the small one that comes as a
-# package, or --model ORGANISATION/NAME. ENGINE is cpu or gpu (CUDA); embedding, generation, tuning and
-# `model` differ by it, and the stack needs it of generation and tuning alone.
+# package, or --model ORGANISATION/NAME. ENGINE is cpu or gpu (CUDA): embedding, generation, tuning
+# and `model` differ by it, and of these the stack needs gpu for generation and tuning alone.
 # An image has the service's own part of the source in /opt/tworoads and what it imports in
-# /opt/venv. It runs as user 10001 on a read-only root and writes to /tmp, /data, `model` to /models.
+# /opt/venv. It runs as user 10001 on a read-only root and writes to /tmp and /data, `model` to
+# /models.
 #
 # To pin the base by its digest: --build-arg PYTHON_IMAGE=python@sha256:...
 ARG PYTHON_IMAGE=python:3.11.14-slim-bookworm

@@ -212,8 +212,8 @@ LOCAL = "127.0.0.1:50050"
     [
         ({}, {}, ("", None, False)),
         ({"KEY": " k\n"}, {}, ("k", None, False)),
-        ({"KEY_FILE": "FILE"}, {}, ("in the file", None, False)),
-        ({"KEY_FILE": "FILE", "KEY": "k"}, {}, ("in the file", None, False)),
+        ({"KEY_FILE": "FILE"}, {}, ("in-the-file", None, False)),
+        ({"KEY_FILE": "FILE", "KEY": "k"}, {}, ("in-the-file", None, False)),
         ({"KEY_FILE": "FILE"}, {"key": "given"}, ("given", None, False)),
         ({"TLS": "1"}, {}, ("", None, True)),
         ({"TLS": "0"}, {}, ("", None, False)),
@@ -229,7 +229,7 @@ def test_a_client_takes_from_the_environment_what_it_is_not_given(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     file = tmp_path / "key"
-    file.write_text("in the file\n")
+    file.write_text("in-the-file\n")
     named = {"FILE": str(file)}
     for name, value in environment.items():
         monkeypatch.setenv(f"TWOROADS_{name}", named.get(value, value))

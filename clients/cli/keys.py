@@ -42,7 +42,12 @@ def add(
         int | None, typer.Option(min=1, help="Valid for so long.", show_default="for ever")
     ] = None,
 ) -> None:
-    """Make a key and print it, this once. An older key of the principal stays valid."""
+    """Make a key and print it, this once. An older key of the principal stays valid.
+
+    A new file is for its owner's eyes alone. Where the gateway runs as another user, as in a
+    container, let it read the file: chmod 644 is safe, since the file has hashes and no keys.
+    Changes keep the file's owner and mode.
+    """
     expires = datetime.now(UTC).replace(microsecond=0) + timedelta(days=days) if days else None
     with _translated(file):
         key, text = keys.add(file, tenant, principal, role.value, expires)

@@ -30,6 +30,7 @@ from services.runtime.healthy import is_healthy
 from tests.compose import ADDRESS, SERVICES, services
 from tests.dockerfile import build
 from tests.real.container import Image, Network, Pod, ended, weaviate
+from tests.real.random_adapter import layers, random_adapter
 
 pytestmark = pytest.mark.skipif(
     os.geteuid() != 0, reason="root gives containers their own file systems"
@@ -65,7 +66,7 @@ class Host:
         self.network = Network({name: ports(name) for name in (*SERVICES, "weaviate", "model")})
         self._folder = folder
         self._images = images
-        self._models = folder / "pods-0" / "model" / "volumes" / "models"
+        self.models = folder / "pods-0" / "model" / "volumes" / "models"
         self._numbers = count()
 
     def image(self, name: str) -> Image:
@@ -82,7 +83,7 @@ class Host:
         and its log. The first one is the model, which the others read."""
         image, (workload, container) = self.image(name), manifest(name)
         if "models:/models:ro" in services()[name].get("volumes", ()):
-            image = replace(image, files={**image.files, "/models": self._models})
+            image = replace(image, files={**image.files, "/models": self.models})
         if command:
             container |= {"command": command, "args": ()}
         pod = Pod(workload, self._folder / f"pods-{next(self._numbers)}", self.network, SECRETS)
@@ -92,9 +93,6 @@ class Host:
         finally:
             process.kill()
             process.wait()
-
-    def health(self, name: str) -> str:
-        return self.network.address(name, 8081)
 
 
 def manifest(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -166,7 +164,7 @@ def test_an_image_has_what_its_modules_import_and_nothing_heavy_besides(
 
 
 @pytest.mark.asyncio(loop_scope="module")
-async def test_the_stack_answers_from_its_images(host: Host) -> None:
+async def test_the_stack_answers_from_its_images_by_both_roads(host: Host, tmp_path: Path) -> None:
     until = time.monotonic() + READY_SECONDS
     with ExitStack() as stack:
         started = {}
@@ -192,6 +190,14 @@ async def test_the_stack_answers_from_its_images(host: Host) -> None:
                 "How many days of paid leave?", corpus="handbook", path="rag", timeout=60
             )
             assert "27" in answer.text
-            assert await client.jobs() == await client.comparisons() == []
+            shapes = layers(host.models / "model", "q_proj")
+            for name, content in random_adapter(shapes, seed=1).items():
+                (tmp_path / name).write_bytes(content)
+            adapter = await client.import_adapter(tmp_path, "house")
+            answer = await client.ask(
+                "How many days of paid leave?", path="tuned", adapter="house", timeout=60
+            )
+            assert answer.text and (answer.path, answer.adapter) == ("tuned", adapter.id)
+            assert not await client.jobs() and not await client.comparisons()
         for name in SERVICES:
             assert ended(started[name][0], STOP_SECONDS) == 0, started[name][1].read_text()
