@@ -67,6 +67,8 @@ def back_up(data: Path, target: Path, tell: Tell) -> Manifest:
     done, files = 0, list[Copied]()
     made = not target.exists()
     try:
+        target.mkdir(parents=True, exist_ok=True)
+        (target / "data").mkdir(mode=0o700)
         for path, size in zip(paths, sizes, strict=True):
             relative = path.relative_to(data)
             digest = _copy(path, target / "data" / relative)
@@ -87,19 +89,23 @@ def back_up(data: Path, target: Path, tell: Tell) -> Manifest:
 def restore(source: Path, data: Path, tell: Tell) -> Manifest:
     """Make the data folder of a stack from a backup; all of it, or nothing.
 
-    Raises LocalError if `source` is no whole backup, a file of it is not what was written, `data`
-    is there already, or the disk is full.
+    Raises LocalError if `source` is no whole backup, a file of it is not what was written or is a
+    link, `data` is there already, or the disk is full.
     """
     manifest = read_manifest(source)
     if data.exists() and any(_kept(data)):
         raise LocalError(f"There is data in {data}; move that folder away first.")
     stage = data.with_name(f".{data.name}.restoring")
     shutil.rmtree(stage, ignore_errors=True)
-    done = 0
+    done, root = 0, (source / "data").resolve()
     try:
+        stage.mkdir(mode=0o700, parents=True)
         for file in manifest.files:
+            place = root / file.path
+            if place.resolve() != place or (place.exists() and not place.is_file()):
+                raise LocalError(f"{file.path} of the backup is no file; nothing was restored.")
             try:
-                digest = _copy(source / "data" / file.path, stage / file.path)
+                digest = _copy(place, stage / file.path)
             except FileNotFoundError:
                 raise LocalError(f"The backup lacks {file.path}.") from None
             if digest != file.sha256:
@@ -126,19 +132,26 @@ def read_manifest(source: Path) -> Manifest:
     except (OSError, ValueError, TypeError, KeyError):
         raise LocalError(f"{source} holds no whole backup.") from None
     for file in files:
+        if not isinstance(file.path, str) or not isinstance(file.size, int) or "\0" in file.path:
+            raise LocalError(f"{source} holds no whole backup.")
         path = Path(file.path)
         if path.is_absolute() or ".." in path.parts:
             raise LocalError(f"{source} names a file outside of it: {file.path}.")
+        if not _belongs(path.parts):  # such as a list of processes, which `down` would end
+            raise LocalError(f"{source} names a file that no backup has: {file.path!r}.")
     return manifest
 
 
 def _kept(data: Path) -> Iterator[Path]:
     for path in data.rglob("*"):
-        parts = path.relative_to(data).parts
-        if parts[0] in LEFT_OUT or (len(parts) > 1 and parts[1] in TEMPORARY):
-            continue
-        if path.is_file() and not path.is_symlink():
+        if _belongs(path.relative_to(data).parts) and path.is_file() and not path.is_symlink():
             yield path
+
+
+def _belongs(parts: tuple[str, ...]) -> bool:
+    """Say whether what lies there in a data folder belongs into a backup."""
+    temporary = len(parts) > 1 and parts[1] in TEMPORARY
+    return bool(parts) and parts[0] not in LEFT_OUT and not temporary
 
 
 def _copy(source: Path, target: Path) -> str:
@@ -150,7 +163,7 @@ def _copy(source: Path, target: Path) -> str:
             digest.update(block)
             new.write(block)
         os.fsync(new.fileno())
-    shutil.copymode(source, target)
+    target.chmod(source.stat().st_mode & 0o777)  # and never one that runs as its owner
     return digest.hexdigest()
 
 

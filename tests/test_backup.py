@@ -1,6 +1,8 @@
+import hashlib
 import json
 import os
 import sqlite3
+import stat
 from pathlib import Path
 
 import pytest
@@ -94,6 +96,57 @@ def test_a_damaged_backup_restores_nothing(how: str, tmp_path: Path) -> None:
     with pytest.raises(LocalError):
         restore(tmp_path / "copy", tmp_path / "new", quiet)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["copy", "data"]
+
+
+def forged(copy: Path, path: object, size: object = 7) -> None:
+    """Have the manifest name one more file, with the hash of what stands in "outside"."""
+    manifest = copy / "manifest.json"
+    fields = json.loads(manifest.read_text())
+    sha256 = hashlib.sha256(b"outside").hexdigest()
+    fields["files"].append({"path": path, "size": size, "sha256": sha256})
+    manifest.write_text(json.dumps(fields))
+
+
+@pytest.mark.parametrize(
+    ("path", "size"),
+    [
+        ("state.json", 7),  # `tworoads down` ends the processes that it names
+        ("weaviate.key", 7),
+        ("tuning/tmp/x", 7),
+        ("store/link", 7),
+        ("store/folder/outside", 7),
+        ("store/pipe", 7),
+        ("store/nul\0", 7),
+        ("", 7),
+        (5, 7),
+        ("store/file", "7"),
+    ],
+)
+def test_a_backup_with_what_no_backup_has_is_refused(path, size, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    back_up(stack(tmp_path / "data"), copy, quiet)
+    (tmp_path / "outside").write_text("outside")
+    store = copy / "data" / "store"
+    (store / "link").symlink_to(tmp_path / "outside")
+    (store / "folder").symlink_to(tmp_path)
+    os.mkfifo(store / "pipe")
+    for name in ("state.json", "weaviate.key", "tuning/tmp/x", "store/file"):
+        (copy / "data" / name).parent.mkdir(exist_ok=True)
+        (copy / "data" / name).write_text("outside")
+    forged(copy, path, size)
+    with pytest.raises(LocalError):
+        restore(copy, tmp_path / "new", quiet)
+    assert not (tmp_path / "new").exists()
+
+
+def test_neither_a_backup_nor_what_is_restored_is_open_to_other_users(tmp_path: Path) -> None:
+    copy, new = tmp_path / "copy", tmp_path / "new"
+    back_up(stack(tmp_path / "data"), copy, quiet)
+    file = "evaluation/comparisons/c/answers.jsonl"
+    (copy / "data" / file).chmod(0o6755)
+    restore(copy, new, quiet)
+    assert [stat.S_IMODE(folder.stat().st_mode) for folder in (copy / "data", new)] == [0o700] * 2
+    assert stat.S_IMODE((new / file).stat().st_mode) == 0o755  # it runs as nobody else
 
 
 @pytest.mark.parametrize("target", ["data/copy", "taken"])

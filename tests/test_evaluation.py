@@ -460,6 +460,18 @@ async def test_an_upload_that_is_too_large_is_refused_and_leaves_nothing(
     assert not list((tmp_path / "evaluation" / "tmp").iterdir())
 
 
+async def test_what_is_said_about_documents_counts_as_part_of_an_upload(evaluation):
+    parts = list(upload(questions()))
+    for number in range(5):
+        header = retrieval_pb2.PutDocumentsDocument(
+            id=f"d{number}", media_type="text/plain", title="t" * MEBIBYTE
+        )
+        parts.insert(-1, pb.CreateComparisonRequest(changed_document=header))
+    with pytest.raises(grpc.aio.AioRpcError) as error:
+        await created(evaluation, parts)
+    assert reason_of(error) == (INVALID, "UPLOAD_TOO_LARGE")
+
+
 async def test_an_empty_corpus_is_refused(stack, evaluation):
     await stack.retrieval.CreateCorpus(retrieval_pb2.CreateCorpusRequest(name="empty"))
     with pytest.raises(grpc.aio.AioRpcError) as error:

@@ -147,6 +147,8 @@ def test_what_a_judge_is_shown_is_bounded():
         ("I cannot say", None),
         ("", None),
         ("9" * 10_000, None),
+        ("<think>0.4", None),
+        ("<think>" * 100_000, None),  # in time that grows with its length
     ],
 )
 def test_a_reply_is_read_whatever_its_form_or_not_at_all(reply, score):

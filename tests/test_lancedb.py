@@ -1,6 +1,7 @@
 """The contract of a store on LanceDB, and what LanceDB alone has to do."""
 
 import asyncio
+import stat
 import sys
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
@@ -30,6 +31,11 @@ KEY = CorpusKey("default", "handbook")
 async def store(tmp_path: Path) -> AsyncIterator[Store]:
     async with LanceStore.open(tmp_path / "store") as store:
         yield store
+
+
+async def test_the_folder_is_closed_to_other_users(tmp_path: Path):
+    async with LanceStore.open(tmp_path / "store"):
+        assert stat.S_IMODE((tmp_path / "store").stat().st_mode) == 0o700
 
 
 SQL = st.sampled_from(

@@ -7,6 +7,7 @@ import grpc
 import pytest
 from tworoads.v1 import retrieval_pb2 as pb
 
+from services.retrieval.stores.store import CorpusKey
 from services.runtime.errors import Overloaded, Stopping, error_info
 from tests.small_stack import SmallStack, small_stack
 
@@ -157,6 +158,16 @@ async def test_a_new_corpus_of_an_old_name_is_empty(stack):
     assert reason_of(error) == (grpc.StatusCode.NOT_FOUND, "CORPUS_NOT_FOUND")
     await stack.retrieval.CreateCorpus(pb.CreateCorpusRequest(name="c"))
     assert await search(stack, "owls") == []
+
+
+async def test_a_new_corpus_has_no_policy_of_an_old_one_that_was_deleted_half(stack):
+    await stack.retrieval.SetPolicy(pb.SetPolicyRequest(corpus="c", path=pb.PATH_RAG))
+    # A service that is killed while it deletes leaves the policy.
+    await stack.store.delete_record("corpus", CorpusKey("default", "c"))
+    await stack.retrieval.CreateCorpus(pb.CreateCorpusRequest(name="c"))
+    with pytest.raises(grpc.aio.AioRpcError) as error:
+        await stack.retrieval.GetPolicy(pb.GetPolicyRequest(corpus="c"))
+    assert reason_of(error) == (grpc.StatusCode.NOT_FOUND, "POLICY_NOT_FOUND")
 
 
 async def test_lists_come_in_pages(stack):

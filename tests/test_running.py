@@ -34,6 +34,7 @@ from services.evaluation.schema import SCHEMA
 from services.evaluation.uploads import MEBIBYTE, Uploads
 from services.gateway.forward import PUBLIC, Forwarder
 from services.gateway.service import AnswerService
+from services.runtime import call
 from services.runtime.channel import connect
 from services.runtime.database import Database
 from services.runtime.gate import DEFAULT_TENANT
@@ -461,6 +462,35 @@ async def ten_thousand(folder: Path) -> None:
             seconds = time.monotonic() - start
     said = (found.state, found.questions, stub.asked, round(seconds, 1), round(peak() - before))
     print(json.dumps(said))
+
+
+async def test_uploads_of_one_tenant_leave_room_for_those_of_another(tmp_path: Path) -> None:
+    stub = Stub()
+    asked = Gateway(stub, stub, stub, stub)  # type: ignore[arg-type]
+
+    async def slow() -> AsyncIterator[pb.CreateComparisonRequest]:
+        yield next(iter(upload(b"")))
+        await asyncio.Event().wait()
+
+    async def begin(tenant: str) -> None:
+        call.current.set(call.Call(request_id="r", tenant=tenant))
+        async for _ in uploads.receive(slow()):
+            pass
+
+    with closing(Database(tmp_path / "evaluation.db", SCHEMA)) as database:
+        async with Comparisons(tmp_path, database, GatewayRunner(asked)) as comparisons:
+            uploads = Uploads(tmp_path / "tmp", comparisons, asked, Prices(), "", MEBIBYTE)
+            left: set[asyncio.Task[None]] = set()
+            for tenant in ("b", "a"):
+                tasks = [asyncio.create_task(begin(tenant)) for _ in range(3)]
+                done, going = await asyncio.wait(
+                    tasks, timeout=20, return_when=asyncio.FIRST_COMPLETED
+                )
+                left |= going
+                assert [getattr(task.exception(), "reason", "") for task in done] == ["QUEUE_FULL"]
+            for task in left:
+                task.cancel()
+            await asyncio.wait(left)
 
 
 def peak() -> float:

@@ -248,7 +248,14 @@ def test_a_catastrophic_regular_expression_is_stopped_and_does_not_match():
 
 
 @pytest.mark.parametrize(
-    "pattern", ["(", "a" * 1001, "(?R)", "a{99999999999}", "(" * 400 + ")" * 400]
+    "pattern",
+    [
+        *("(", "a" * 1001, "(?R)", "a{99999999999}", "(" * 400 + ")" * 400),
+        # Each would take gigabytes as soon as it is compiled.
+        *(f"{'(?:' * 30}ab{by * 30}" for by in ("){2}", ")+", ")+?", "){1,9}", "){2,}")),
+        "(?:(?:a{65000}){65000}){65000}",
+        "(?=(?:(?:a{999}){999}){999})|b",
+    ],
 )
 def test_what_is_no_regular_expression_is_found_in_its_line(pattern):
     findings = check_patterns(asked("a+", ("b+", pattern)))
@@ -260,6 +267,7 @@ def test_what_is_no_regular_expression_is_found_in_its_line(pattern):
 
 def test_regular_expressions_in_order_give_no_finding():
     assert check_patterns(asked(r"\d+", (r"(?i)yes|no", "a{2}"))) == []
+    assert check_patterns(asked(r"(?:\w+ ){99}\w+", (r"\d{900}", r"(?:(?:a+b)+c)+"))) == []
 
 
 LABELS = ["card_arrival", "top_up", "card_arrival", "top_up"]

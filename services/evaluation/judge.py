@@ -27,7 +27,7 @@ INSTRUCTIONS = (
     "same, 0 if it says something else or nothing, and a number between if it is right in part. "
     "Reply with the number alone."
 )
-THOUGHT = re.compile(r"<think>.*?</think>", re.DOTALL)
+THOUGHT = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)  # also one that was cut off
 NUMBER = re.compile(
     r"(?<![\w.,-])(\d{1,9}(?:\.\d{1,9})?|\.\d{1,9})(?:\s{0,2}(%|(?:/|out of|of)\s{0,2}(\d{1,4})))?"
     r"(?![\w%]|[.,\u2013-]\d)"

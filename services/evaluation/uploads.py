@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 import uuid
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import suppress
 from pathlib import Path
@@ -34,6 +35,7 @@ MOST_CHUNK = MEBIBYTE
 MOST_DOCUMENTS = 10_000
 MOST_ID = 512  # code points
 AT_ONCE = 4  # uploads, each of which holds its questions in memory
+OF_TENANT = 2  # of them: slow ones of one tenant must not keep the others out
 
 
 class Uploads:
@@ -56,7 +58,7 @@ class Uploads:
         self._prices = prices
         self._judge = judge
         self._most_bytes = most_bytes
-        self._running = 0
+        self._running = Counter[str]()  # by tenant
 
     async def receive(
         self, requests: AsyncIterator[pb.CreateComparisonRequest]
@@ -72,9 +74,10 @@ class Uploads:
         store = self._comparisons.store
         if not await in_thread(store.known, tenant(), start.idempotency_key):
             await self._comparisons.room()
-        if self._running >= AT_ONCE:
-            raise Overloaded("QUEUE_FULL", f"{AT_ONCE} uploads are under way; try again later")
-        self._running += 1
+        mine = tenant()
+        if self._running.total() >= AT_ONCE or self._running[mine] >= OF_TENANT:
+            raise Overloaded("QUEUE_FULL", "too many uploads are under way; try again later")
+        self._running[mine] += 1
         folder = self._tmp / uuid.uuid4().hex
         try:
             asked = hashlib.sha256(first.start.SerializeToString(deterministic=True))
@@ -91,7 +94,7 @@ class Uploads:
                 upload.close()
                 await in_thread(shutil.rmtree, folder, True)
         finally:
-            self._running -= 1
+            self._running -= Counter([mine])  # what comes to zero goes
 
     async def _work(
         self,
@@ -227,7 +230,7 @@ class _Upload:
         self._sync()
         self.documents += 1
         header = document.SerializeToString(deterministic=True)
-        self._hash.update(header)
+        self._take(header)
         folder = self.folder / CHANGED
         (folder / f"{self.documents}.document").write_bytes(header)
         self._file = (folder / f"{self.documents}.content").open("wb")
@@ -238,13 +241,16 @@ class _Upload:
     def _write(self, chunk: bytes) -> None:
         if len(chunk) > MOST_CHUNK:
             raise InvalidInput("CHUNK_TOO_LARGE", "a chunk has at most 1 MiB")
-        self._left -= len(chunk)
+        self._take(chunk)
+        assert self._file
+        self._file.write(chunk)
+
+    def _take(self, part: bytes) -> None:
+        self._left -= len(part)
         if self._left < 0:
             most = self._most_bytes // MEBIBYTE
             raise InvalidInput("UPLOAD_TOO_LARGE", f"an upload has at most {most} MiB")
-        self._hash.update(chunk)
-        assert self._file
-        self._file.write(chunk)
+        self._hash.update(part)
 
     def _sync(self) -> None:
         assert self._file

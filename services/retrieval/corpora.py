@@ -9,6 +9,8 @@ from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 
+from pydantic import TypeAdapter
+
 from services.retrieval.embedder import Embedder, Identity
 from services.retrieval.stores.store import CorpusKey, Store
 from services.runtime.errors import AlreadyExists, Conflict, InvalidInput, NotFound
@@ -54,6 +56,10 @@ class Policy:
     router: str = ""
 
 
+# Fields that a newer version has written into a record are passed over.
+CORPUS, POLICY = TypeAdapter(Corpus), TypeAdapter(Policy)
+
+
 class Corpora:
     """Creates, finds and deletes corpora, and says when one changes."""
 
@@ -83,7 +89,9 @@ class Corpora:
                     "CHUNK_TOKENS_OUT_OF_RANGE",
                     f"chunk_tokens is from {CHUNK_TOKENS_LEAST} to {most} for this embedder",
                 )
-            await self._store.drop_corpus(key)  # what a delete that was cut short may have left
+            # What a delete that was cut short may have left.
+            await self._store.delete_record("policy", key)
+            await self._store.drop_corpus(key)
             await self._store.create_corpus(key, model.hash, model.dimension)
             corpus = Corpus(key.name, model, tokens, datetime.now(UTC))
             await self._store.put_record("version", key, uuid.uuid4().hex)
@@ -151,14 +159,8 @@ def _to_json(value: Corpus | Policy) -> str:
 
 
 def _corpus(record: str) -> Corpus:
-    fields = json.loads(record)
-    fields["embedder"] = Identity(**fields["embedder"])
-    fields["created"] = datetime.fromisoformat(fields["created"])
-    return Corpus(**fields)
+    return CORPUS.validate_json(record)
 
 
 def _policy(record: str) -> Policy:
-    fields = json.loads(record)
-    fields["updated"] = datetime.fromisoformat(fields["updated"])
-    fields["types"] = tuple(TypePath(**type) for type in fields.get("types", ()))
-    return Policy(**fields)
+    return POLICY.validate_json(record)

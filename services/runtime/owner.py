@@ -12,7 +12,7 @@ def owned(folder: Path) -> Iterator[Path]:
 
     Raises OSError if another process has it. The kernel frees it however a process ends.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -98,7 +98,7 @@ class LanceStore:
     async def open(cls, folder: Path) -> AsyncIterator[Self]:
         """Open the store in `folder`, which is created if need be. Raises NotReady (STORE_IN_USE)
         if another process has it open: each would miss what the other writes."""
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with (folder / "lock").open("w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
