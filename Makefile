@@ -44,11 +44,14 @@ test-k8s: $(INSTALLED) ## Apply the manifests to a real API server with simulate
 	$(BIN)/python -m tests.k8s.programs
 	$(BIN)/python -m pytest tests/k8s
 
+# protos/baseline.binpb is the API that the last release had. At a release it is made anew:
+# buf build --exclude-source-info -o protos/baseline.binpb
 lint: $(INSTALLED) ## Check style, types, protos and manifests.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/buf lint
+	$(BIN)/buf breaking --against protos/baseline.binpb
 	$(BIN)/hadolint Dockerfile
 	$(BIN)/python -m tests.manifests
 

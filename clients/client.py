@@ -164,7 +164,8 @@ class Client(EvaluationMethods, TuningMethods):
             try:
                 async with real_status(call):
                     async for response in call:
-                        yield news_of(response)
+                        if news := news_of(response):
+                            yield news
             finally:
                 call.cancel()
         for failed in upload.failed:

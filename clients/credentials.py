@@ -1,6 +1,7 @@
 """Who a client says it is, and how it knows the server: arguments first, else the environment."""
 
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import grpc
 
 from clients.errors import TworoadsError
 from services.runtime.address import is_loopback
+
+FIT_FOR_A_HEADER = re.compile(r"[!-~]+")
 
 
 @dataclass(frozen=True)
@@ -26,10 +29,13 @@ def credentials(
     """Return what to call the server at `address` with.
 
     What is not given is taken from TWOROADS_KEY_FILE (a file), TWOROADS_KEY, TWOROADS_CA and
-    TWOROADS_TLS=1; an authority means TLS. Raises TworoadsError for files that cannot be read, and
-    for a key that would go over a network in the clear, unless TWOROADS_INSECURE=1.
+    TWOROADS_TLS=1; an authority means TLS. Raises TworoadsError for files that cannot be read, for
+    what cannot be a key, and for a key that would go over a network in the clear, unless
+    TWOROADS_INSECURE=1.
     """
     key = key.strip() or _key()
+    if key and not FIT_FOR_A_HEADER.fullmatch(key):
+        raise _refused("KEY_INVALID", "this is no key: it has spaces or characters of no key")
     found = ca or os.environ.get("TWOROADS_CA")
     authority = Path(found) if found else None
     if authority and not os.access(authority, os.R_OK):

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from google.protobuf.timestamp_pb2 import Timestamp
 from tworoads.v1 import retrieval_pb2 as pb
 
+from clients.jobs import enum_name
 from services.retrieval.media_types import TEXT
 
 MetadataValue = str | float | bool | datetime
@@ -99,14 +100,17 @@ class Corpus:
         )
 
 
-def news_of(response: pb.PutDocumentsResponse) -> Ingested | Progress:
-    """Return the plain value of one response to an ingest."""
-    if response.HasField("progress"):
-        progress = response.progress
-        return Progress(progress.received, progress.finished, progress.passages)
-    result = response.result
-    outcome = pb.DocumentOutcome.Name(result.outcome)[len("DOCUMENT_OUTCOME_") :].lower()
-    return Ingested(result.id, outcome, result.reason, result.message, result.passages)
+def news_of(response: pb.PutDocumentsResponse) -> Ingested | Progress | None:
+    """Return the plain value of one response to an ingest, None for an event of a newer server."""
+    match response.WhichOneof("event"):
+        case "progress":
+            progress = response.progress
+            return Progress(progress.received, progress.finished, progress.passages)
+        case "result":
+            result = response.result
+            outcome = enum_name(pb.DocumentOutcome, result.outcome)
+            return Ingested(result.id, outcome, result.reason, result.message, result.passages)
+    return None
 
 
 class Upload:

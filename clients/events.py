@@ -6,10 +6,7 @@ from typing import Any
 from tworoads.v1 import answer_pb2 as pb
 from tworoads.v1 import retrieval_pb2
 
-
-def _path_name(path: int) -> str:
-    """Return the name of a path as people write it, such as "rag"."""
-    return retrieval_pb2.Path.Name(retrieval_pb2.Path.ValueType(path))[len("PATH_") :].lower()
+from clients.jobs import enum_name
 
 
 @dataclass(frozen=True)
@@ -171,7 +168,7 @@ def event_of(response: pb.AnswerResponse) -> Event | None:
             started = response.started
             return Started(
                 started.request_id,
-                _path_name(started.path),
+                enum_name(retrieval_pb2.Path, started.path),
                 started.reason,
                 started.explanation,
                 started.adapter,
@@ -204,7 +201,6 @@ def event_of(response: pb.AnswerResponse) -> Event | None:
 
 
 def _finished(finished: pb.AnswerFinished) -> Finished:
-    name = pb.AnswerFinishReason.Name(finished.reason)
     usage = {
         "input_tokens": finished.input_tokens,
         "output_tokens": finished.output_tokens,
@@ -215,7 +211,7 @@ def _finished(finished: pb.AnswerFinished) -> Finished:
         for stage in pb.Timings.DESCRIPTOR.fields
     }
     return Finished(
-        name[len("ANSWER_FINISH_REASON_") :].lower(),
+        enum_name(pb.AnswerFinishReason, finished.reason),
         usage,
         timings,
         list(finished.degraded),

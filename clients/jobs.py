@@ -207,9 +207,12 @@ def optional(message: Message, *names: str) -> dict[str, Any]:
 
 
 def enum_name(enum: Any, value: int) -> str:
-    """Return the name of an enum's value as people write it, such as "ready"; zero is empty."""
+    """Return the name of an enum's value as people write it, such as "ready"; zero is empty, and so
+    is a value of a newer server."""
+    if not value or value not in enum.values():
+        return ""
     zero = str(enum.Name(0))
-    return str(enum.Name(value))[len(zero) - len("UNSPECIFIED") :].lower() if value else ""
+    return str(enum.Name(value))[len(zero) - len("UNSPECIFIED") :].lower()
 
 
 def time(message: Message, name: str) -> datetime | None:

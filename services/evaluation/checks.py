@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from google.protobuf.json_format import MessageToJson
 from tworoads.v1 import evaluation_pb2 as pb
 from tworoads.v1.generation_pb2 import GenerateOptions
-from tworoads.v1.retrieval_pb2 import PATH_BASE, PATH_HYBRID, PATH_RAG, PATH_TUNED
+from tworoads.v1.retrieval_pb2 import PATH_BASE, PATH_HYBRID, PATH_RAG, PATH_TUNED, SearchMode
 
 from services.evaluation.comparison import Candidate, Constraints, PathName, ScorerName
 from services.prompts.options import MOST_TOKENS, MOST_TURNS, check_examples, check_options
@@ -128,6 +128,8 @@ def candidate(given: pb.Candidate, corpus: str) -> Candidate:
         raise InvalidInput("CANDIDATE_INVALID", "pinned documents are not compared")
     if options.limit > MOST_PASSAGES:
         raise InvalidInput("CANDIDATE_INVALID", f"{given.id} asks for too many passages")
+    if options.search_mode not in SearchMode.values():
+        raise InvalidInput("CANDIDATE_INVALID", f"{given.id} names no search mode")
     check_examples(options.examples)
     check_writing(given.id, options.generate)
     text = MessageToJson(options, preserving_proto_field_name=True, indent=None)

@@ -104,6 +104,8 @@ class EvaluationService(pb_grpc.EvaluationServiceServicer):
     ) -> pb.ListAnswersResponse:
         size = checks.page_size(request.page_size)
         after = checks.number_of(request.page_token, 0)
+        if request.phase not in pb.ComparisonPhase.values():
+            raise InvalidInput("PHASE_UNKNOWN", "there is no such phase")
         comparison = await self._get(request.comparison)
         known = {candidate.id for candidate in comparison.plan.candidates}
         if request.candidate and request.candidate not in known:

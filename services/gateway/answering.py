@@ -205,7 +205,7 @@ class Answering:
         )
         yield self._finished(
             pb.AnswerFinished(
-                reason=FINISH[finish.reason],
+                reason=FINISH.get(finish.reason, pb.ANSWER_FINISH_REASON_UNSPECIFIED),
                 input_tokens=prompt.tokens,
                 output_tokens=finish.tokens,
                 cached_tokens=prompt.cached_tokens,

@@ -115,7 +115,10 @@ async def route_of(
         return await _without_policy(request.corpus, retrieval)
     except Unavailable:
         return Route(PATH_RAG, "NO_POLICY", "the corpus's policy cannot be read")
-    return await _by_policy(response.policy, request.question, embedding)
+    route = await _by_policy(response.policy, request.question, embedding)
+    if route.path not in Path.values():
+        return closed("only a newer version of this server knows it", "path")
+    return route
 
 
 async def _without_policy(corpus: str, retrieval: RetrievalServiceStub) -> Route:

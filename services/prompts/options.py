@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tworoads.v1.answer_pb2 import Turn
-from tworoads.v1.generation_pb2 import GenerateOptions
+from tworoads.v1.generation_pb2 import GenerateOptions, Priority
 
 from services.prompts.schemas import check_schema
 from services.runtime.errors import InvalidInput
@@ -45,6 +45,8 @@ def check_options(options: GenerateOptions, context_length: int = MOST_TOKENS) -
             "STOP_INVALID",
             f"stop may have at most {MAX_STOPS} texts of 1 to {MAX_STOP_LENGTH} code points",
         )
+    if options.priority not in Priority.values():
+        raise InvalidInput("PRIORITY_UNKNOWN", "there is no such priority")
     if options.json_schema:
         check_schema(options.json_schema)
 

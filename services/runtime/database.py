@@ -17,16 +17,17 @@ class Database:
     def __init__(self, path: Path, schema: str) -> None:
         """Open the database, or make it by the SQL of `schema`.
 
-        Raises ValueError if a newer version of it is there.
+        Raises ValueError if a newer version of it is there, which stays as it is.
         """
         self._lock = threading.Lock()
         self._connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
         self._connection.row_factory = sqlite3.Row
-        self._connection.execute("PRAGMA journal_mode = WAL")
-        self._connection.execute("PRAGMA synchronous = FULL")
         [found] = self._connection.execute("PRAGMA user_version").fetchone()
         if found > VERSION:
+            self._connection.close()
             raise ValueError(f"{path} was written by a newer version of this service")
+        self._connection.execute("PRAGMA journal_mode = WAL")
+        self._connection.execute("PRAGMA synchronous = FULL")
         if found < VERSION:
             self._connection.executescript(f"BEGIN; {schema} PRAGMA user_version = 1; COMMIT;")
 
