@@ -2,6 +2,8 @@
 
 import asyncio
 import math
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -144,6 +146,20 @@ async def test_documents_answers_and_checked_sentences_are_counted(
     assert counted("tworoads_answers_total", path="rag", reason="stop") == 2
 
 
+def test_calls_that_find_no_replica_are_counted_from_zero_and_not_from_the_first_of_them() -> None:
+    """What scales generation up from zero reads the gateway's count before it has ever grown."""
+    program = (
+        "import services.gateway.service\n"
+        "from prometheus_client import generate_latest\n"
+        "print(generate_latest().decode())"
+    )
+    page = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    ).stdout
+    for service in ("embedding", "retrieval", "generation", "tuning", "evaluation"):
+        assert f'tworoads_unserved_total{{service="{service}"}} 0.0\n' in page
+
+
 def certificate(path: Path, days: int) -> float:
     """Write a certificate that ends in so many days, and return when that is."""
     key = ec.generate_private_key(ec.SECP256R1())
@@ -168,5 +184,7 @@ def test_a_certificate_says_when_it_ends_and_its_successor_too(tmp_path: Path) -
     assert shown() == ends
     ends = certificate(file, 60)
     assert shown() == ends
+    file.write_text("half written")
+    assert math.isnan(shown())
     file.unlink()
     assert math.isnan(shown())

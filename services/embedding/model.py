@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from services.embedding.batcher import Kind, Vector
-from services.runtime.processor import BFLOAT16, this_processor
+from services.runtime.processor import BFLOAT16, cores, this_processor
 
 PACKAGED = "all-MiniLM-L6-v2"
 PROMPTS = {Kind.QUERY: ("query",), Kind.DOCUMENT: ("document", "passage", "corpus")}
@@ -56,7 +56,7 @@ class SentenceTransformerModel:
 
     def __init__(self, name: str, dtype: str = "auto", threads: int = 0) -> None:
         folder = find(name)
-        threads = threads or max(1, len(os.sched_getaffinity(0)) // 2)
+        threads = threads or max(1, cores() // 2)
         torch.set_num_threads(threads)
         self.on_gpu = torch.cuda.is_available()
         self._model = SentenceTransformer(

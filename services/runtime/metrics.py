@@ -1,6 +1,5 @@
 """Prometheus metrics that every service has. Labels take few values: never a tenant, never text."""
 
-import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from math import nan
@@ -55,12 +54,13 @@ def finished(method: str, code: str, seconds: float) -> None:
 def certificate(side: str, file: Path) -> None:
     """Tell when a certificate, PEM in a file that may be replaced, ends. `side` is inside or
     public."""
+    from cryptography.x509 import load_pem_x509_certificate  # only where there is TLS
 
     def expiry() -> float:
         try:
-            fields = ssl._ssl._test_decode_cert(file)  # type: ignore[attr-defined]
-            return ssl.cert_time_to_seconds(fields["notAfter"])
-        except (OSError, KeyError):
+            shown = load_pem_x509_certificate(file.read_bytes())
+            return shown.not_valid_after_utc.timestamp()
+        except (OSError, ValueError):
             return nan
 
     EXPIRY.labels(side).set_function(expiry)

@@ -15,7 +15,8 @@ DType = Literal["auto", "bfloat16", "float16", "float32"]
 
 @dataclass(frozen=True)
 class Processor:
-    """What computes. `flags` are the features that /proc/cpuinfo names."""
+    """What computes. `cores` may be used at a time, `flags` are the features that /proc/cpuinfo
+    names."""
 
     gpu: bool
     cores: int
