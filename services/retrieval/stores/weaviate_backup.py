@@ -28,12 +28,13 @@ class BackupFailed(Exception):
 
 
 async def back_up(http_address: str, key: str, backend: str, id: str) -> list[str]:
-    """Copy all our collections to the backend; return their names. Raises BackupFailed."""
+    """Copy all our collections to the backend; return their names, none before there is a corpus.
+    Raises BackupFailed."""
     async with _client(http_address, key) as client:
         schema = await _asked(client, "GET", "/schema")
         classes = [one["class"] for one in schema["classes"] if one["class"].startswith(PREFIX)]
         if not classes:
-            raise BackupFailed("there is nothing to back up")
+            return []
         await asyncio.sleep(LOG_SECONDS)
         await _asked(client, "POST", f"/backups/{backend}", {"id": id, "include": classes})
         await _ended(client, f"/backups/{backend}/{id}")
@@ -99,4 +100,4 @@ if __name__ == "__main__":
         )
     except BackupFailed as error:
         raise SystemExit(str(error)) from error
-    print(f"{chosen.work}: {', '.join(names)}")
+    print(f"{chosen.work}: {', '.join(names) or 'there is nothing yet'}")
