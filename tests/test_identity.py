@@ -11,8 +11,12 @@ import grpc
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from grpc import StatusCode
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from tworoads.v1.embedding_pb2 import EmbedResponse
 
+from clients.client import Client
+from clients.errors import TworoadsError
 from services.gateway import keys, reloading
 from services.gateway.audit import Audit
 from services.gateway.forward import PUBLIC
@@ -245,6 +249,31 @@ async def test_streams_are_refused_too(server: Probe) -> None:
     assert (await failure(server.upload(iter([b"a"])))).code() == StatusCode.UNAUTHENTICATED
 
 
+async def test_strangers_may_ask_for_the_health_and_for_nothing_else(
+    given: Given, server: Probe
+) -> None:
+    health = health_pb2_grpc.HealthStub(server.channel)
+    assert (await health.Check(health_pb2.HealthCheckRequest())).status
+    reflect = reflection_pb2_grpc.ServerReflectionStub(server.channel).ServerReflectionInfo
+    question = reflection_pb2.ServerReflectionRequest(list_services="")
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await reflect(iter([question])).read()
+    assert refused.value.code() == StatusCode.UNAUTHENTICATED
+    answer = await reflect(iter([question]), metadata=bearer(given.texts["reader"])).read()
+    assert answer.list_services_response.service
+
+
+async def test_a_refusal_is_logged_with_the_address_that_it_came_from(
+    given: Given, server: Probe, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        await failure(server.embed(metadata=bearer("trk_x_y")))
+        async with asyncio.timeout(10):
+            while "UNAUTHENTICATED" not in caplog.text:
+                await asyncio.sleep(0.01)
+    assert " ms from ipv4:127.0.0.1:" in caplog.text
+
+
 async def test_a_refusal_says_nothing_about_what_was_wrong(given: Given, server: Probe) -> None:
     said = {
         (await failure(server.embed(metadata=bearer(bad(given))))).details()
@@ -374,6 +403,36 @@ async def test_a_key_is_swapped_under_load_without_a_failure(
             while calls < before + 16:
                 await asyncio.sleep(0.01)
         stop = True
+
+
+async def test_a_key_that_is_revoked_ends_its_uploads(given: Given, quick: None) -> None:
+    received = asyncio.Semaphore(0)
+
+    async def upload(requests: Any, context: Any) -> bytes:
+        async for _ in requests:
+            received.release()
+        return b""
+
+    async with probe(gate=given.gate(), upload=upload) as server:
+        call = server.upload(metadata=bearer(given.texts["writer"]))
+        kept = server.upload(metadata=bearer(token()))
+        for each in (call, kept):
+            await each.write(b"a")
+            await asyncio.wait_for(received.acquire(), 10)
+        keys.revoke(given.file, given.id("writer"))
+        await until_accepted(server, given.texts["writer"], False)
+        await call.write(b"a")
+        assert (await failure(call)).code() == StatusCode.UNAUTHENTICATED
+        await kept.write(b"a")
+        await kept.done_writing()
+        assert await kept == b""
+
+
+@pytest.mark.parametrize("text", ["trk_a_b\ntrk_c_d", "trk_a b", "trk_\x00", "trk_schlüssel"])
+def test_a_client_does_not_send_what_cannot_be_a_key(text: str) -> None:
+    with pytest.raises(TworoadsError, match="no key") as refused:
+        Client("127.0.0.1:1", key=text)
+    assert refused.value.reason == "KEY_INVALID" and "trk_" not in str(refused.value)
 
 
 @pytest.mark.parametrize("content", ["", "[", "{}", '[{"id": "a"}]', "twice"])

@@ -23,6 +23,7 @@ from services.gateway.gate import Identified
 from services.gateway.identity import Role
 from services.gateway.keys import Keys
 from services.gateway.quotas import MINUTE, Bucket, Limits, Quotas
+from services.runtime.call import Call
 from services.runtime.channel import connect
 from services.runtime.errors import Overloaded, error_info
 from services.runtime.gate import Caller
@@ -230,6 +231,17 @@ async def test_uploads_are_limited_by_their_bytes(tmp_path: Path) -> None:
         assert len(await server.upload(parts(10), **given.ann)) == 10_000
 
 
+async def test_many_small_messages_are_work_too(tmp_path: Path) -> None:
+    given = Given(tmp_path, Limits(bytes=10_000))
+
+    async def parts() -> AsyncIterator[bytes]:
+        for _ in range(1000):
+            yield b""
+
+    async with probe(gate=given.gate) as server:
+        assert reason_of(await failure(server.upload(parts(), **given.ann))) == "QUOTA_BYTES"
+
+
 @asynccontextmanager
 async def answering(folder: Path, given: Given) -> AsyncIterator[tuple[SmallStack, Any]]:
     async with (
@@ -375,7 +387,10 @@ async def test_each_write_leaves_a_line_and_no_read_does(tmp_path: Path) -> None
         await failure(retrieval.CreateCorpus(create))
         await _until(lambda: _has(audit, 3))
     first, *others = lines_of(audit)
-    assert set(first) == {"time", "request", "tenant", "principal", "method", "code", "seconds"}
+    assert first["peer"].startswith("ipv4:127.0.0.1:")
+    assert set(first) == {
+        *("time", "request", "peer", "tenant", "principal", "method", "code", "seconds")
+    }
     assert (first["request"], first["tenant"], first["principal"]) == ("r1", "acme", "ann")
     assert first["method"] == f"/{RETRIEVAL}/CreateCorpus" and first["code"] == "OK"
     assert [(line["principal"], line["code"]) for line in others] == [
@@ -385,12 +400,39 @@ async def test_each_write_leaves_a_line_and_no_read_does(tmp_path: Path) -> None
     assert audit.stat().st_mode & 0o777 == 0o600
 
 
+async def test_who_may_not_write_cannot_fill_the_audit(tmp_path: Path) -> None:
+    audit = tmp_path / "audit.jsonl"
+    given = Given(tmp_path, Limits(requests=5), audit)
+    async with probe(gate=given.gate) as server:
+        errors = [await failure(server.create(**given.reader)) for _ in range(20)]
+    assert [reason_of(error) for error in errors[4:6]] == ["ROLE_MISSING", "QUOTA_REQUESTS"]
+    assert [line["code"] for line in lines_of(audit)] == ["PERMISSION_DENIED"] * 5
+
+
+async def test_a_write_that_was_left_is_noted(tmp_path: Path) -> None:
+    audit = tmp_path / "audit.jsonl"
+    given = Given(tmp_path, Limits(), audit)
+    begun = asyncio.Event()
+
+    async def create(request: Any, context: Any) -> Any:
+        begun.set()
+        await asyncio.Event().wait()
+
+    async with probe(gate=given.gate, create=create) as server:
+        call = server.create(**given.ann)
+        await soon(begun.wait())
+        call.cancel()
+        await _until(lambda: _has(audit, 1))
+    assert lines_of(audit)[0]["code"] == "CANCELLED"
+
+
 async def _has(path: Path, count: int) -> bool:
     return len(lines_of(path)) == count
 
 
 def written(audit: Audit) -> None:
-    audit.write(Caller("acme", "ann"), "r1", f"/{RETRIEVAL}/CreateCorpus", "OK", 0.1)
+    call = Call("r1", peer="ipv4:192.0.2.2:50000")
+    audit.write(Caller("acme", "ann"), call, f"/{RETRIEVAL}/CreateCorpus", "OK", 0.1)
 
 
 def test_an_audit_file_that_was_moved_away_is_begun_anew(tmp_path: Path) -> None:
@@ -422,8 +464,11 @@ def test_an_audit_file_that_cannot_be_opened_stops_the_start(tmp_path: Path) -> 
         Audit(tmp_path / "none" / "audit.jsonl")
 
 
-def test_without_a_file_the_log_has_the_lines(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, "audit"):
+def test_without_a_file_the_log_has_the_lines_whatever_its_level(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.ERROR):
+        caplog.handler.setLevel(logging.NOTSET)
         written(Audit())
     (record,) = caplog.records
     assert record.name == "audit" and json.loads(record.getMessage())["principal"] == "ann"

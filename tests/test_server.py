@@ -23,6 +23,7 @@ from tworoads.v1.embedding_pb2_grpc import (
 )
 from tworoads.v1.generation_pb2 import GenerateResponse
 
+from services.runtime import server as servers
 from services.runtime.errors import error_info
 from services.runtime.server import Server, running
 from services.runtime.settings import ServerSettings
@@ -118,6 +119,75 @@ async def test_messages_over_16_mebibytes_are_refused_and_smaller_ones_are_not()
         assert response.model_hash == "1 texts"
         refused = await failure(server.embed("a" * (16 * 2**20)))
         assert refused.code() == StatusCode.RESOURCE_EXHAUSTED
+
+
+@pytest.mark.parametrize("how", [grpc.Compression.Gzip, grpc.Compression.Deflate])
+async def test_a_compressed_message_is_refused_and_never_unpacked(how: grpc.Compression) -> None:
+    async with probe() as server:
+        refused = await failure(server.embed("a" * 1000, compression=how))
+        assert refused.code() == StatusCode.UNIMPLEMENTED
+        assert await server.embed("a" * 1000)
+
+
+async def test_a_connection_has_no_more_streams_than_are_ever_worked_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(servers.OPTIONS, "grpc.max_concurrent_streams", 5)
+    request = health_pb2.HealthCheckRequest()
+    async with probe() as server, grpc.aio.insecure_channel(server.address) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        await health.Check(request)  # now the limit is known
+        watches = [health.Watch(request) for _ in range(8)]
+        reading = [asyncio.ensure_future(watch.read()) for watch in watches]
+        done, _ = await asyncio.wait(reading, timeout=0.5)  # the others wait, or are refused
+        assert len([read for read in done if not read.exception()]) == 5
+        for watch in watches:
+            watch.cancel()
+        await asyncio.gather(*reading, return_exceptions=True)
+
+
+FREEZES = """
+import asyncio, sys
+import grpc
+
+async def main():
+    async with grpc.aio.insecure_channel(sys.argv[1]) as channel:
+        call = channel.unary_stream("/tworoads.v1.TuningService/WatchJob")(b"")
+        print(await call.read(), flush=True)
+        await call.read()
+
+asyncio.run(main())
+"""
+
+
+async def test_a_silent_caller_is_kept_and_a_frozen_one_holds_no_stream(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As in production at thirty times the pace: a ping every second."""
+    for key in ("keepalive_time_ms", "keepalive_timeout_ms", "http2.ping_timeout_ms"):
+        monkeypatch.setitem(servers.OPTIONS, f"grpc.{key}", servers.OPTIONS[f"grpc.{key}"] // 30)
+    left = asyncio.Event()
+
+    async def watch(request: bytes, context: Any) -> AsyncIterator[bytes]:
+        try:
+            yield b"a"
+            await asyncio.Event().wait()
+        finally:
+            left.set()
+
+    async with probe(watch=watch) as server:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-c", FREEZES, server.address), stdout=asyncio.subprocess.PIPE
+        )
+        try:
+            assert process.stdout and await soon(process.stdout.readline())
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(left.wait(), 3.5)
+            process.send_signal(signal.SIGSTOP)
+            await soon(left.wait())
+        finally:
+            process.kill()
+            await process.wait()
 
 
 async def scrape(port: int | None) -> str:

@@ -32,7 +32,8 @@ from services.generation.adapters import Adapters
 from services.generation.service import Finish, GenerationService, Model, Piece
 from services.prompts.rendering import Renderer
 from services.runtime import tracing
-from services.runtime.errors import InvalidInput, Unavailable
+from services.runtime.errors import InvalidInput, Unauthenticated, Unavailable
+from services.runtime.gate import Entry
 from services.runtime.logs import JsonFormatter
 from tests.fake_engine import FakeEngine
 from tests.probe import failure, probe, raising
@@ -260,6 +261,18 @@ async def test_a_traceparent_that_is_none_begins_a_trace(given: str) -> None:
             await server.embed(metadata=(("traceparent", given),))
     (span,) = collector.spans
     assert any(span.trace_id) and not span.parent_span_id
+
+
+async def test_a_stranger_costs_no_span_whatever_their_traceparent_says() -> None:
+    class Closed:
+        def enter(self, method: str, metadata: Any, peer: Any) -> Entry:
+            raise Unauthenticated("CREDENTIALS_MISSING", "none")
+
+    with collecting() as collector:
+        async with probe(gate=Closed()) as server:
+            sampled = f"00-{'1' * 32}-{'2' * 16}-01"
+            await failure(server.embed(metadata=(("traceparent", sampled),)))
+    assert not collector.spans
 
 
 async def test_a_client_that_traces_by_itself_is_the_parent(tmp_path: Path) -> None:

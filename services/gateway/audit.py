@@ -6,10 +6,12 @@ import os
 from datetime import UTC, datetime
 from pathlib import Path
 
+from services.runtime.call import Call
 from services.runtime.gate import Caller
 
 log = logging.getLogger(__name__)
 lines = logging.getLogger("audit")
+lines.setLevel(logging.INFO)  # whatever the level of the log is
 
 
 class Audit:
@@ -24,14 +26,13 @@ class Audit:
         if path:
             os.close(_opened(path))
 
-    def write(
-        self, caller: Caller, request_id: str, method: str, code: str, seconds: float
-    ) -> None:
+    def write(self, caller: Caller, call: Call, method: str, code: str, seconds: float) -> None:
         """Note a call that has ended with the status `code` after so many seconds."""
         line = json.dumps(
             {
                 "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
-                "request": request_id,
+                "request": call.request_id,
+                "peer": call.peer,
                 "tenant": caller.tenant,
                 "principal": caller.principal,
                 "method": method,

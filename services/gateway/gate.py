@@ -1,6 +1,8 @@
 """Lets in who has a key or a token, to what their role allows, within their quotas."""
 
 import re
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from google.protobuf.descriptor_pb2 import MethodOptions
@@ -20,8 +22,10 @@ from services.runtime.gate import Caller, Entry, Metadata, Peer
 AUTHORIZATION = "authorization"
 BEARER = re.compile(r"bearer ([!-~]+)", re.IGNORECASE)  # RFC 6750, with one space
 MOST_CHARACTERS = 8192
+LEAST_BYTES = 100  # that a message of an upload counts as: many small ones are work too
 ANSWERS = answer_pb2.DESCRIPTOR.services_by_name["AnswerService"].full_name
 ANSWER = f"/{ANSWERS}/Answer"
+REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
 ADMIN = ("DeleteCorpus", "DeleteAdapter", "AcceptAdapter", "SetPolicy")
 
 
@@ -40,51 +44,59 @@ class Identified:
         """Let a call in; see Gate.enter. Raises Unauthenticated (CREDENTIALS_MISSING,
         CREDENTIALS_INVALID), Forbidden (ROLE_MISSING), Overloaded (QUOTA_REQUESTS, QUOTA_TOKENS,
         QUOTA_STREAMS)."""
-        identity = self._identity(metadata)
+        text = _credentials(metadata)
+        identity = self._identity(text)
         caller, role = identity.caller, role_for(method)
+        account = self._quotas.of(caller)
+        account.requests.check()  # first, and not in the audit: else one caller could fill it
+        account.requests.use(1)
         try:
             if not identity.may(role):
                 raise Forbidden("ROLE_MISSING", f"this needs the role {role}")
-            account = self._quotas.of(caller)
-            account.requests.check()
-            account.requests.use(1)
             if method == ANSWER:
                 account.tokens.check()
             if method in STREAMS:
                 account.open_stream()
         except ServiceError as error:
             if role != "reader":
-                self._audit.write(caller, current.get().request_id, method, error.code.name, 0.0)
+                self._audit.write(caller, current.get(), method, error.code.name, 0.0)
             raise
-        return _Counted(caller, method, account, None if role == "reader" else self._audit)
+        # A token is for the beginning of a call alone: it may end before a long upload does.
+        again = partial(self._identity, text) if text.startswith(PREFIX) else None
+        return _Counted(caller, method, account, again, None if role == "reader" else self._audit)
 
-    def _identity(self, metadata: Metadata) -> Identity:
-        given = [value for name, value in metadata if name.lower() == AUTHORIZATION]
-        if not given:
-            raise Unauthenticated("CREDENTIALS_MISSING", "this server needs a key: none was sent")
-        value = given[0]
-        if len(given) == 1 and isinstance(value, str) and len(value) <= MOST_CHARACTERS:
-            if match := BEARER.fullmatch(value):
-                text = match[1]
-                if text.startswith(PREFIX) and self._keys:
-                    return self._keys.identity(text)
-                if not text.startswith(PREFIX) and self._tokens:
-                    return self._tokens.identity(text)
-        raise Unauthenticated("CREDENTIALS_INVALID", "what was sent is neither a key nor a token")
+    def _identity(self, text: str) -> Identity:
+        if text.startswith(PREFIX) and self._keys:
+            return self._keys.identity(text)
+        if not text.startswith(PREFIX) and self._tokens:
+            return self._tokens.identity(text)
+        raise _neither()
 
 
 class _Counted(Entry):
-    def __init__(self, caller: Caller, method: str, account: Account, audit: Audit | None) -> None:
+    """`again` raises if the caller's key was revoked meanwhile."""
+
+    def __init__(
+        self,
+        caller: Caller,
+        method: str,
+        account: Account,
+        again: Callable[[], object] | None,
+        audit: Audit | None,
+    ) -> None:
         super().__init__(caller)
         self._method = method
         self._account = account
+        self._again = again
         self._audit = audit
-        self._request_id = current.get().request_id
+        self._call = current.get()
 
     def received(self, size: int) -> None:
         if self._method in UPLOADS:
+            if self._again:
+                self._again()
             self._account.bytes.check()
-            self._account.bytes.use(size)
+            self._account.bytes.use(max(size, LEAST_BYTES))
 
     def spent(self, tokens: int) -> None:
         self._account.tokens.use(tokens)
@@ -93,7 +105,22 @@ class _Counted(Entry):
         if self._method in STREAMS:
             self._account.close_stream()
         if self._audit:
-            self._audit.write(self.caller, self._request_id, self._method, code, seconds)
+            self._audit.write(self.caller, self._call, self._method, code, seconds)
+
+
+def _credentials(metadata: Metadata) -> str:
+    given = [value for name, value in metadata if name.lower() == AUTHORIZATION]
+    if not given:
+        raise Unauthenticated("CREDENTIALS_MISSING", "this server needs a key: none was sent")
+    value = given[0]
+    if len(given) == 1 and isinstance(value, str) and len(value) <= MOST_CHARACTERS:
+        if match := BEARER.fullmatch(value):
+            return match[1]
+    raise _neither()
+
+
+def _neither() -> Unauthenticated:
+    return Unauthenticated("CREDENTIALS_INVALID", "what was sent is neither a key nor a token")
 
 
 def role_for(method: str) -> Role:
@@ -120,5 +147,10 @@ def _role(method: str, described: Any) -> Role:
 
 METHODS = _public()
 ROLE_FOR = {method: _role(method, described) for method, described in METHODS.items()}
+ROLE_FOR[REFLECTION] = "reader"
 UPLOADS = {method for method, described in METHODS.items() if described.client_streaming}
-STREAMS = UPLOADS | {m for m, described in METHODS.items() if described.server_streaming}
+STREAMS = {
+    REFLECTION,
+    *UPLOADS,
+    *(method for method, described in METHODS.items() if described.server_streaming),
+}

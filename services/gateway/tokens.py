@@ -43,7 +43,7 @@ class Tokens:
         try:
             return self._identity(token)
         except Exception as error:  # a stranger wrote it: whatever it breaks, it is not valid
-            log.info("token refused: %s: %s", type(error).__name__, error)
+            log.info("token refused: %s: %.200s", type(error).__name__, error)
             raise Unauthenticated("CREDENTIALS_INVALID", "the token is not valid") from None
 
     def _identity(self, token: str) -> Identity:
@@ -64,7 +64,7 @@ class Tokens:
 def _parse(content: bytes) -> dict[str, jwt.PyJWK]:
     try:
         return _keys(json.loads(content)["keys"])
-    except (LookupError, TypeError, AttributeError) as error:
+    except (LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError("this is no key set") from error
 
 

@@ -17,11 +17,13 @@ MARGIN = 0.05  # seconds kept back, so that the answer of a call that timed out 
 
 @dataclass(frozen=True)
 class Call:
-    """One incoming call. `deadline` is on the clock of `time.monotonic`, None without a limit."""
+    """One incoming call. `peer` is the address that it came from, as gRPC writes it; `deadline` is
+    on the clock of `time.monotonic`, None without a limit."""
 
     request_id: str = "-"
     tenant: str = DEFAULT_TENANT
     principal: str = ""
+    peer: str = ""
     deadline: float | None = None
     entry: Entry = field(default=Entry(Caller()), compare=False)
     started: float = field(default_factory=time.monotonic)

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from typing import Any
+from urllib.parse import unquote
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -27,7 +28,7 @@ from services.runtime.errors import (
 )
 from services.runtime.gate import REQUEST_ID, Caller, Entry, Gate
 
-OURS = "/tworoads."
+OURS = ("/tworoads.", "/grpc.reflection.")  # all but the health, which everybody may ask for
 DEFAULT_SECONDS = 60.0
 MOST_SECONDS = 300.0
 IDLE_SECONDS = 60.0
@@ -68,7 +69,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
         handler = await continuation(handler_call_details)
         method = handler_call_details.method
-        if not method.startswith(OURS):  # health or reflection
+        if not method.startswith(OURS):
             return handler
         if not self.serving:
             return grpc.unary_unary_rpc_method_handler(_refuse)
@@ -144,13 +145,20 @@ class _Guard:
         seconds = self._seconds(context)
         deadline = None if seconds is None else start + seconds
         metadata = context.invocation_metadata()
-        call = Call(_request_id(dict(metadata).get(REQUEST_ID)), deadline=deadline, started=start)
+        call = Call(
+            _request_id(dict(metadata).get(REQUEST_ID)),
+            peer=unquote(context.peer()),
+            deadline=deadline,
+            started=start,
+        )
         current.set(call)
-        span = tracing.begun(self._method, metadata, call.request_id)
+        span = tracing.NOTHING
         code = grpc.StatusCode.CANCELLED
         limit = asyncio.timeout(seconds)
         try:
             self._entry = self._gate.enter(self._method, metadata, context.auth_context())
+            # Strangers cost no spans, nor do they decide what is sampled.
+            span = tracing.begun(self._method, metadata, call.request_id)
             caller = self._entry.caller
             current.set(
                 replace(call, tenant=caller.tenant, principal=caller.principal, entry=self._entry)
@@ -179,7 +187,8 @@ class _Guard:
             self._entry.ended(code.name, seconds)
             metrics.finished(self._method, code.name, seconds)
             span.ended(code.name, blamed=code.name in tracing.FAULTS)
-            log.info("%s %s %.1f ms", self._method, code.name, seconds * 1e3)
+            source = f" from {call.peer}" if code is grpc.StatusCode.UNAUTHENTICATED else ""
+            log.info("%s %s %.1f ms%s", self._method, code.name, seconds * 1e3, source)
 
     def _seconds(self, context: Any) -> float | None:
         remaining: float | None = context.time_remaining()

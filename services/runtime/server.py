@@ -30,6 +30,16 @@ OPTIONS = {
     # Clients ping every 5 s (channel.py); the default minimum would end such a connection.
     "grpc.http2.min_ping_interval_without_data_ms": 2_000,
     "grpc.keepalive_permit_without_calls": 1,
+    # A caller that froze or was cut off would hold its streams for two hours.
+    "grpc.keepalive_time_ms": 30_000,
+    "grpc.keepalive_timeout_ms": 10_000,
+    "grpc.http2.ping_timeout_ms": 10_000,
+    "grpc.http2.max_pings_without_data": 0,
+    # gRPC looks at the size of a message when it is unpacked: a stranger's 16 MiB would become 16
+    # GiB. So no message may be compressed: 1 is the algorithm that leaves it as it is.
+    "grpc.compression_enabled_algorithms_bitset": 1,
+    # Of one connection: more than are ever worked on, but no end of health checks.
+    "grpc.max_concurrent_streams": 1024,
 }
 
 log = logging.getLogger(__name__)
