@@ -645,9 +645,9 @@ async def test_the_same_upload_with_a_key_is_one_comparison(
 async def test_a_full_queue_refuses(tmp_path: Path, runner: FakeRunner) -> None:
     async with small_queue(tmp_path, runner, max_queued=1) as queue:
         await held(queue, tmp_path, runner)
-        await queue.room()
+        await queue.room("acme")
         waiting, _ = await sent(queue, tmp_path, key="k")
-        for refused in (queue.room(), sent(queue, tmp_path)):
+        for refused in (queue.room("acme"), sent(queue, tmp_path)):
             with pytest.raises(Overloaded) as error:
                 await refused
             assert error.value.reason == "QUEUE_FULL"
@@ -656,6 +656,25 @@ async def test_a_full_queue_refuses(tmp_path: Path, runner: FakeRunner) -> None:
         assert (await sent(queue, tmp_path, key="k"))[0].id == waiting.id
         await queue.cancel("acme", waiting.id)
         assert (await created(queue, tmp_path)).state == "queued"
+
+
+async def test_a_tenant_that_fills_its_queue_keeps_no_other_waiting(
+    tmp_path: Path, runner: FakeRunner
+) -> None:
+    async with small_queue(tmp_path, runner, max_queued=3) as queue:
+        first = await held(queue, tmp_path, runner)
+        mine = [await created(queue, tmp_path) for _ in range(3)]
+        with pytest.raises(Overloaded):
+            await queue.room("acme")
+        await queue.room("other")
+        theirs = [(await sent(queue, tmp_path, wanted("other")))[0] for _ in range(2)]
+        assert [queue.store.get("acme", one.id)[1] for one in mine] == [2, 4, 5]
+        assert [queue.store.get("other", one.id)[1] for one in theirs] == [2, 4]
+        runner.open.set()
+        for one in (*mine, *theirs):
+            await ended(queue, one)
+        due = [first, theirs[0], mine[0], theirs[1], *mine[1:]]
+        assert runner.order == [one.id for one in due]
 
 
 async def test_what_a_crash_left_is_cleared_at_the_start(

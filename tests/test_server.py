@@ -132,6 +132,7 @@ async def test_a_compressed_message_is_refused_and_never_unpacked(how: grpc.Comp
 async def test_a_connection_has_no_more_streams_than_are_ever_worked_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    assert servers.OPTIONS["grpc.max_concurrent_streams"] == 1024
     monkeypatch.setitem(servers.OPTIONS, "grpc.max_concurrent_streams", 5)
     request = health_pb2.HealthCheckRequest()
     async with probe() as server, grpc.aio.insecure_channel(server.address) as channel:

@@ -46,8 +46,9 @@ class Runner(Protocol):
 
 
 class Comparisons(Queue[Comparison, Progress]):
-    """Runs at most `max_running` comparisons at once, in order, while it is open; at most
-    `max_queued` wait. The folder of each stays: it has the answers, however it ended."""
+    """Runs at most `max_running` comparisons at once while it is open; at most `max_queued` of a
+    tenant wait, and tenants take turns. The folder of each stays: it has the answers, however it
+    ended."""
 
     store: WorkStore[Comparison, Progress]
 

@@ -25,7 +25,7 @@ class Settings(ServerSettings):
     """Comparisons that run at once; the others wait in order. They disturb each other's latency."""
 
     max_queued: int = Field(100, gt=0)
-    """Comparisons that may wait; the next is refused with RESOURCE_EXHAUSTED."""
+    """Comparisons of a tenant that may wait; the next is refused with RESOURCE_EXHAUSTED."""
 
     upload_mb: int = Field(256, gt=0)
     """The largest upload of questions and documents that is taken, in MiB."""

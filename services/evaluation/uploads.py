@@ -73,7 +73,7 @@ class Uploads:
             raise NotReady("JUDGE_MISSING", "the operator has set up no judge")
         store = self._comparisons.store
         if not await in_thread(store.known, tenant(), start.idempotency_key):
-            await self._comparisons.room()
+            await self._comparisons.room(tenant())
         mine = tenant()
         if self._running.total() >= AT_ONCE or self._running[mine] >= OF_TENANT:
             raise Overloaded("QUEUE_FULL", "too many uploads are under way; try again later")

@@ -38,8 +38,8 @@ class Failed(Exception):
 
 
 class Queue(ABC, Generic[W, P]):
-    """Does at most `max_running` works at once, in order, while it is open; at most `max_queued`
-    wait.
+    """Does at most `max_running` works at once while it is open; at most `max_queued` of a tenant
+    wait. Tenants take turns, each with its oldest.
 
     Work that had not ended when another one of these was closed or killed goes on. Each has a
     folder in `folder`, named by its id. A kind of work says what is to `do`, and what remains of
@@ -61,6 +61,7 @@ class Queue(ABC, Generic[W, P]):
         self._max_queued = max_queued
         self._heartbeat_seconds = heartbeat_seconds
         self._running: dict[str, asyncio.Task[None]] = {}
+        self._turns: dict[str, int] = {}  # when each tenant had its last: the newest has the most
         self._cancelling: set[str] = set()  # not to be started meanwhile
         self._others: set[asyncio.Task[Any]] = set()
         self._queue_moved = asyncio.Event()
@@ -108,9 +109,9 @@ class Queue(ABC, Generic[W, P]):
         for id in list(self._news):
             self._changed(id)
 
-    async def room(self) -> None:
-        """Raise Overloaded (QUEUE_FULL) if as many wait as may."""
-        if await in_thread(self.store.queued) >= self._max_queued:
+    async def room(self, tenant: str) -> None:
+        """Raise Overloaded (QUEUE_FULL) if as many of the tenant's wait as may."""
+        if await in_thread(self.store.queued, tenant) >= self._max_queued:
             raise self.store.full(self._max_queued)
 
     async def add(self, work: W, upload: Path, key: str, upload_hash: str) -> tuple[W, int]:
@@ -198,16 +199,21 @@ class Queue(ABC, Generic[W, P]):
 
     async def _start_next(self) -> None:
         unended = await in_thread(self.store.unended)
-        for work in unended:
-            if len(self._running) >= self._max_running:
-                break
-            if work.id not in self._running and work.id not in self._cancelling:
-                task = asyncio.create_task(self._run(work.id))
-                self._running[work.id] = task
-                task.add_done_callback(partial(self._left, work.id))
+        ready = [w for w in unended if w.id not in self._running and w.id not in self._cancelling]
+        while ready and len(self._running) < self._max_running:
+            work = min(ready, key=self._turn)  # of equal ones the first, which is the oldest
+            ready.remove(work)
+            task = asyncio.create_task(self._run(work.id))
+            self._running[work.id] = task
+            task.add_done_callback(partial(self._left, work.id))
+            self._turns[work.tenant] = max(self._turns.values(), default=0) + 1
         waiting = [work for work in unended if work.id not in self._running]
         metrics.WORK.labels(self.store.noun, "running").set(len(self._running))
         metrics.WORK.labels(self.store.noun, "queued").set(len(waiting))
+
+    def _turn(self, work: W) -> tuple[bool, int]:
+        """Return what is least for the work that goes next: what was begun once goes first."""
+        return work.state == "queued", self._turns.get(work.tenant, 0)
 
     def _left(self, id: str, task: asyncio.Task[None]) -> None:
         del self._running[id]

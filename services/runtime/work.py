@@ -122,12 +122,12 @@ class WorkStore(Generic[W, P]):
     def add(self, work: W, key: str, upload_hash: str, most_queued: int) -> W:
         """Queue work, or return the one that `same` returns.
 
-        Raises as `same` does, and Overloaded (QUEUE_FULL) if `most_queued` wait already.
+        Raises as `same` does, and Overloaded (QUEUE_FULL) if `most_queued` of the tenant's wait.
         """
         with self._database.transaction() as connection:
             if before := self._same(connection, work.tenant, key, upload_hash):
                 return before
-            if self._queued(connection) >= most_queued:
+            if self._queued(connection).get(work.tenant, 0) >= most_queued:
                 raise self.full(most_queued)
             connection.execute(
                 f"INSERT INTO {self.noun}s"
@@ -142,10 +142,10 @@ class WorkStore(Generic[W, P]):
         """Return what to raise when `most` wait."""
         return Overloaded("QUEUE_FULL", f"{most} {self.noun}s wait already; try again later")
 
-    def queued(self) -> int:
-        """Return how many wait."""
+    def queued(self, tenant: str) -> int:
+        """Return how many of a tenant wait."""
         with self._database.transaction() as connection:
-            return self._queued(connection)
+            return self._queued(connection).get(tenant, 0)
 
     def find(self, id: str) -> W | None:
         """Return work of any tenant, None if there is none of this id."""
@@ -153,7 +153,7 @@ class WorkStore(Generic[W, P]):
             return self._find(connection, id)
 
     def get(self, tenant: str, id: str) -> tuple[W, int]:
-        """Return work, and how many go before it. Raises NotFound (..._NOT_FOUND)."""
+        """Return work, and how many go before it at most. Raises NotFound (..._NOT_FOUND)."""
         with self._database.transaction() as connection:
             row = connection.execute(
                 f"SELECT number, {self.noun} FROM {self.noun}s WHERE id = ? AND tenant = ?",
@@ -255,21 +255,30 @@ class WorkStore(Generic[W, P]):
             )
         return self._of(row)
 
-    def _queued(self, connection: Connection) -> int:
-        [count] = connection.execute(
-            f"SELECT count(*) FROM {self.noun}s WHERE state = 'queued'"
-        ).fetchone()
-        return int(count)
+    def _queued(self, connection: Connection) -> dict[str, int]:
+        """Return how many of each tenant wait."""
+        return dict(
+            tuple(row)
+            for row in connection.execute(
+                f"SELECT tenant, count(*) FROM {self.noun}s WHERE state = 'queued' GROUP BY tenant"
+            )
+        )
 
     def _with_ahead(self, connection: Connection, row: Any) -> tuple[W, int]:
         work = self._of(row)
         if work.state != "queued":
             return work, 0
-        [ahead] = connection.execute(
-            f"SELECT count(*) FROM {self.noun}s WHERE number < ? AND {self._unended}",
-            (row["number"],),
+        [begun] = connection.execute(
+            f"SELECT count(*) FROM {self.noun}s WHERE state != 'queued' AND {self._unended}"
         ).fetchone()
-        return work, int(ahead)
+        [own] = connection.execute(
+            f"SELECT count(*) FROM {self.noun}s"
+            " WHERE state = 'queued' AND tenant = ? AND number < ?",
+            (work.tenant, row["number"]),
+        ).fetchone()
+        # Tenants take turns: each of the others goes once before each of these.
+        others = [n for tenant, n in self._queued(connection).items() if tenant != work.tenant]
+        return work, begun + own + sum(min(count, own + 1) for count in others)
 
     def _find(self, connection: Connection, id: str) -> W | None:
         row = connection.execute(

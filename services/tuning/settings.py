@@ -42,7 +42,7 @@ class Settings(ServerSettings):
     """Jobs that are made at once; the others wait in order."""
 
     max_queued: int = Field(100, gt=0)
-    """Jobs that may wait; the next is refused with RESOURCE_EXHAUSTED."""
+    """Jobs of a tenant that may wait; the next is refused with RESOURCE_EXHAUSTED."""
 
     upload_mb: int = Field(256, gt=0)
     """The largest upload of examples and questions that is taken, in MiB."""

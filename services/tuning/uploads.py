@@ -73,7 +73,7 @@ class Uploads:
             raise InvalidInput("START_MISSING", "the first message says what to train")
         start = checks.start(first.start, self._base, self._max_rank, self._gpu)
         if not await in_thread(self._jobs.store.known, tenant(), start.idempotency_key):
-            await self._jobs.room()
+            await self._jobs.room(tenant())
         if self._running >= AT_ONCE:
             raise Overloaded("QUEUE_FULL", f"{AT_ONCE} uploads are under way; try again later")
         self._running += 1
