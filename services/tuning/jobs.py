@@ -28,8 +28,8 @@ log = logging.getLogger(__name__)
 
 
 class Jobs(Queue[Job, Progress]):
-    """Makes at most `max_jobs` jobs at once while it is open; at most `max_queued` of a tenant wait,
-    and tenants take turns.
+    """Makes at most `max_jobs` jobs at once while it is open; at most `max_queued` of a tenant
+    wait, and tenants take turns.
 
     `retry_seconds` is how long retrieval may be away before a job fails.
     """
