@@ -25,7 +25,7 @@ $(INSTALLED): pyproject.toml constraints/cpu.txt $(wildcard protos/tworoads/v1/*
 		-c constraints/cpu.txt -e . -r pyproject.toml $(EXTRAS:%=--extra %)
 	@touch $@
 
-run: $(INSTALLED) ## Start the stack, ingest the sample handbook, ask a question by two roads.
+run: $(INSTALLED) ## Start the stack, ingest the sample handbook, ask with and without it.
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/first-steps.sh
 
 stop: $(INSTALLED) ## Stop the stack.

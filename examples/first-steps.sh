@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The first steps with tworoads: start it, ingest the sample handbook, ask by both roads.
+# The first steps with tworoads: start it, ingest the sample handbook, ask with and without it.
 set -euo pipefail
 cd "$(dirname "$0")"
 

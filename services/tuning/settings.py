@@ -39,7 +39,7 @@ class Settings(ServerSettings):
     """Highest rank of an adapter, as generation has it."""
 
     max_jobs: int = Field(1, gt=0)
-    """Jobs that are made at once; the others wait in order."""
+    """Jobs that are made at once; the others wait, and tenants take turns."""
 
     max_queued: int = Field(100, gt=0)
     """Jobs of a tenant that may wait; the next is refused with RESOURCE_EXHAUSTED."""
