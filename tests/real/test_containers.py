@@ -203,6 +203,21 @@ async def test_a_question_is_answered_by_all_of_them_over_tls(cluster: Cluster) 
         assert await client.comparisons() == []
 
 
+async def test_the_backup_at_night_asks_weaviate_as_its_administrator(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    [job] = [one for one in render("overlays/cpu", "components/backup") if one["kind"] == "CronJob"]
+    workload = {"metadata": job["metadata"], "spec": job["spec"]["jobTemplate"]["spec"]}
+    tmp_path.chmod(0o755)
+    made = {"weaviate-key": {"admin": b"admin-key\n"}}
+    pod = Pod(workload, tmp_path, cluster.network, made)
+    one = container(pod)
+    code = await asyncio.to_thread(pod.start(one, ours("retrieval")).wait, CALL_SECONDS)
+    # It may, but this Weaviate has no bucket.
+    said = pod.log(one["name"]).read_text()
+    assert code == 1 and "Weaviate refused" in said and "s3 not found" in said, said
+
+
 async def test_a_wrong_key_is_refused(cluster: Cluster) -> None:
     async with cluster.client("trk_00000000_wrong") as client:
         with pytest.raises(TworoadsError) as refused:
