@@ -22,8 +22,8 @@ class Settings(ServerSettings):
     """Address of the gateway, which answers."""
 
     max_comparisons: int = Field(1, gt=0)
-    """Comparisons that run at once, which disturb each other's latency; the others wait, and tenants
-    take turns."""
+    """Comparisons that run at once, which disturb each other's latency; the others wait, and
+    tenants take turns."""
 
     max_queued: int = Field(100, gt=0)
     """Comparisons of a tenant that may wait; the next is refused with RESOURCE_EXHAUSTED."""
