@@ -11,7 +11,8 @@ from typing import BinaryIO
 from tworoads.v1 import tuning_pb2 as pb
 
 from clients.files import FileError
-from clients.jobs import Options, enum_name, optional, same, time
+from clients.jobs import Options
+from clients.messages import enum_name, optional, same, time
 from clients.uploads import CHUNK, Source, chunks
 
 FILES = ("adapter_model.safetensors", "adapter_config.json")

@@ -9,8 +9,8 @@ from tworoads.v1 import answer_pb2
 from tworoads.v1 import evaluation_pb2 as pb
 
 from clients.events import Citation, Finished, Started, Unsupported, event_of
-from clients.jobs import CheckProgress, Finding, same, time
-from clients.messages import plain
+from clients.jobs import CheckProgress, Finding
+from clients.messages import plain, same, time
 from clients.policies import Router
 from clients.results import CandidateResult, Estimate, PairDifference
 

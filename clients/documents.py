@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from google.protobuf.timestamp_pb2 import Timestamp
 from tworoads.v1 import retrieval_pb2 as pb
 
-from clients.jobs import enum_name
+from clients.messages import enum_name
 from services.retrieval.media_types import TEXT
 
 MetadataValue = str | float | bool | datetime

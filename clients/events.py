@@ -6,7 +6,7 @@ from typing import Any
 from tworoads.v1 import answer_pb2 as pb
 from tworoads.v1 import retrieval_pb2
 
-from clients.jobs import enum_name
+from clients.messages import enum_name
 
 
 @dataclass(frozen=True)

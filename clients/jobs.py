@@ -1,18 +1,16 @@
 """Training jobs as plain values: their data, their progress, and what became of them."""
 
-from dataclasses import dataclass, fields
-from datetime import UTC, datetime
-from typing import Any, Literal, TypeVar
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Literal
 
-from google.protobuf.message import Message
-from google.protobuf.timestamp_pb2 import Timestamp
 from tworoads.v1 import tuning_pb2 as pb
+
+from clients.messages import enum_name, optional, same, time
 
 Context = Literal["none", "retrieved", "mixed"]
 
 ENDED = frozenset(("ready", "unfaithful", "unmeasured", "failed", "cancelled"))
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -189,33 +187,3 @@ def event_of(response: pb.WatchJobResponse) -> JobEvent | None:
         case _:
             return None
     return JobEvent(response.sequence, time(response, "time"), news)
-
-
-def same(cls: type[T], message: Message, **others: Any) -> T:
-    """Return a dataclass whose fields are those of a message with the same names, or `others`."""
-    for field in fields(cls):  # type: ignore[arg-type]
-        if field.name not in others:
-            value = getattr(message, field.name)
-            plain = value if isinstance(value, str | int | float) else tuple(value)
-            others[field.name] = plain
-    return cls(**others)
-
-
-def optional(message: Message, *names: str) -> dict[str, Any]:
-    """Return these fields of a message, None for those that are unset."""
-    return {name: getattr(message, name) if message.HasField(name) else None for name in names}
-
-
-def enum_name(enum: Any, value: int) -> str:
-    """Return the name of an enum's value as people write it, such as "ready"; zero is empty, and so
-    is a value of a newer server."""
-    if not value or value not in enum.values():
-        return ""
-    zero = str(enum.Name(0))
-    return str(enum.Name(value))[len(zero) - len("UNSPECIFIED") :].lower()
-
-
-def time(message: Message, name: str) -> datetime | None:
-    """Return a time, None if it is unset."""
-    stamp: Timestamp = getattr(message, name)
-    return stamp.ToDatetime(UTC) if message.HasField(name) else None

@@ -2,15 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import fields
-from datetime import datetime
+from datetime import UTC, datetime
 from functools import cache
 from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
-
-from clients.jobs import time
+from google.protobuf.timestamp_pb2 import Timestamp
 
 # What times are called here, and in messages.
 TIMES = {
@@ -67,3 +66,33 @@ def _plain(hint: Any, value: Any, described: Any) -> Any:
 @cache
 def _hints(cls: Any) -> dict[str, Any]:
     return get_type_hints(cls)
+
+
+def same(cls: type[T], message: Message, **others: Any) -> T:
+    """Return a dataclass whose fields are those of a message with the same names, or `others`."""
+    for field in fields(cls):  # type: ignore[arg-type]
+        if field.name not in others:
+            value = getattr(message, field.name)
+            plain = value if isinstance(value, str | int | float) else tuple(value)
+            others[field.name] = plain
+    return cls(**others)
+
+
+def optional(message: Message, *names: str) -> dict[str, Any]:
+    """Return these fields of a message, None for those that are unset."""
+    return {name: getattr(message, name) if message.HasField(name) else None for name in names}
+
+
+def enum_name(enum: Any, value: int) -> str:
+    """Return the name of an enum's value as people write it, such as "ready"; zero is empty, and so
+    is a value of a newer server."""
+    if not value or value not in enum.values():
+        return ""
+    zero = str(enum.Name(0))
+    return str(enum.Name(value))[len(zero) - len("UNSPECIFIED") :].lower()
+
+
+def time(message: Message, name: str) -> datetime | None:
+    """Return a time, None if it is unset."""
+    stamp: Timestamp = getattr(message, name)
+    return stamp.ToDatetime(UTC) if message.HasField(name) else None
