@@ -266,11 +266,23 @@ def test_the_score_that_decides_is_the_strict_one_if_asked() -> None:
     )
 
 
-def test_of_equal_cost_the_one_without_training_is_taken() -> None:
+@pytest.mark.parametrize("costs", [(0.0, 0.0), (0.0121, 0.0124)])
+def test_of_costs_equal_in_two_digits_the_one_without_training_is_taken(
+    costs: tuple[float, float],
+) -> None:
     whole = part({"tuned": 0.6, "rag": 0.6})
-    for name in ("tuned", "rag"):
-        whole = changed(whole, name, cost_per_thousand=0.0)
-    assert decide(plan(TUNED, RAG), whole, {}).candidate == "rag"
+    for name, cost in zip(("tuned", "rag"), costs, strict=True):
+        whole = changed(whole, name, cost_per_thousand=cost)
+    verdict = decide(plan(TUNED, RAG), whole, {})
+    assert (verdict.candidate, codes(verdict)) == ("rag", ["tie_cheaper"])
+    assert (
+        f"costs the same as tuned, {costs[1]:.2g} for 1,000 answers" in verdict.reasons[0].message
+    )
+
+
+def test_a_reason_names_the_costs_that_were_compared() -> None:
+    verdict = decide(plan(RAG, HYBRID), part({"rag": 0.8, "hybrid": 0.81}), {})
+    assert "the cheaper: 1,000 answers cost 2, those of hybrid 5." in verdict.reasons[0].message
 
 
 def test_without_candidates_that_answered_nothing_is_taken() -> None:

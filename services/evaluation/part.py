@@ -102,16 +102,20 @@ class Scoreboard:
             )
         return None
 
+    def cost(self, candidate: str) -> float:
+        """Return what 1,000 answers cost, in the two digits in which costs are compared: those
+        measured of two copies differ a little."""
+        return float(f"{self.results[candidate].cost_per_thousand:.1e}")
+
     def cheapest_first(self, candidates: Iterable[str]) -> list[str]:
-        """Order by cost; what costs the same in two digits by training, tokens and
-        latency: measured costs of copies differ a little."""
+        """Order by cost, and what costs the same by training, tokens and latency."""
 
         def price(candidate: str) -> tuple[float, bool, float, float]:
             result = self.results[candidate]
             tokens = result.input_tokens + result.output_tokens
             latency = result.warm or result.cold
             return (
-                float(f"{result.cost_per_thousand:.1e}"),
+                self.cost(candidate),
                 bool(self.candidates[candidate].adapter),
                 tokens,
                 latency.total_p95_ms if latency else 0.0,

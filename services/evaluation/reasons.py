@@ -190,12 +190,12 @@ def _tie(board: Scoreboard, chosen: str, left: Collection[str]) -> list[Reason]:
         text = f"There is no difference between {chosen} and {names} beyond the margin of {margin}"
     else:
         text = f"{chosen} is not worse than {names} by more than the margin of {margin}"
-    cost = board.results[chosen].cost_per_thousand
-    other_cost = board.results[dearer[0][0]].cost_per_thousand
-    return [
-        Reason(
-            "tie_cheaper",
-            f"{text}, and is the cheaper: 1,000 answers cost {cost:.3g}, those of "
-            f"{dearer[0][0]} {other_cost:.3g}.",
+    first, cost, next_cost = dearer[0][0], board.cost(chosen), board.cost(dearer[0][0])
+    if cost < next_cost:
+        why = f"is the cheaper: 1,000 answers cost {cost:g}, those of {first} {next_cost:g}"
+    else:
+        why = (
+            f"costs the same as {first}, {cost:g} for 1,000 answers; of such the one that needs no "
+            "training, then fewer tokens, then less time is taken"
         )
-    ]
+    return [Reason("tie_cheaper", f"{text}, and {why}.")]

@@ -25,7 +25,7 @@ def would_change(
         if gap:
             told.append(
                 f"A margin above {points(-min(-gap.high, 0.0))} instead of {points(margin)}: then "
-                f"the cheaper {cheaper} counts as not worse."
+                f"{cheaper}, which costs no more, counts as not worse."
             )
     better = [
         other

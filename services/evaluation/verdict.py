@@ -293,7 +293,7 @@ def _summary(
     text = f"Take {chosen}: it scores {right} on {_counted(board)}."
     others = [one for one in left if one != chosen]
     if _no_difference(board, chosen, others):
-        text += f" There is no difference to {listed(others)} beyond the margin; it is the cheaper."
+        text += f" There is no difference to {listed(others)} beyond the margin; it costs no more."
     elif others:
         runner_up = max(others, key=board.value)
         text += f" The best of the others, {runner_up}, scores {percent(board.value(runner_up))}."
