@@ -11,6 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from services.retrieval.stores.store import (
+    MOST_COLUMNS,
     Condition,
     CorpusKey,
     Document,
@@ -19,7 +20,7 @@ from services.retrieval.stores.store import (
     Passage,
     Store,
 )
-from services.runtime.errors import NotFound
+from services.runtime.errors import InvalidInput, NotFound
 
 NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
 HOSTILE = "x' OR 'a'='a\\\"; --\u202e\x00\n \U0001f600 Straße e\u0301 "
@@ -289,6 +290,43 @@ async def test_a_filter_holds_where_all_of_it_holds(store: Store, key: CorpusKey
         (Filter((), (Condition("n", "eq", "2"),)), []),
     ):
         assert await texts(store, key, filter) == expected
+
+
+async def test_a_corpus_has_so_many_columns_of_metadata_and_another_as_many(
+    store: Store, key: CorpusKey
+) -> None:
+    other = CorpusKey(key.tenant, "other")
+    for one in (key, other):
+        await store.create_corpus(one, "e" * 64, 3)
+    most = {f"{'snbt'[number % 4]}_key{number}" for number in range(MOST_COLUMNS)}
+    await store.add_columns(key, set(list(most)[:100]))
+    with pytest.raises(InvalidInput, match="'the_last'") as caught:
+        await store.add_columns(key, most | {"t_the_last"})
+    assert caught.value.reason == "METADATA_KEYS_FULL"
+    await store.add_columns(key, most)
+    full = make_passage("apple", metadata={"key5": 5.0, "key6": True})
+    await store.put_passages(key, [full], spread(1))
+    with pytest.raises(InvalidInput):
+        await store.put_passages(key, [make_passage("pear", metadata={"key5": "5"})], spread(1))
+    await store.put_passages(other, [make_passage("apple", metadata={"key5": "5"})], spread(1))
+    five = Filter(conditions=(Condition("key5", "eq", 5.0),))
+    assert (await texts(store, key, five), await texts(store, other, five)) == (["apple"], [])
+    assert await texts(store, key, Filter()) == ["apple"]
+
+
+async def test_each_corpus_has_keys_of_its_own(store: Store, key: CorpusKey) -> None:
+    other = CorpusKey(key.tenant, "other")
+    await put(store, key, make_passage("apple", metadata={"author": "x", "year": 1}))
+    await put(store, other, make_passage("apple", metadata={"status": "x", "author": "y"}))
+    for name, value, own, others in (
+        ("author", "x", ["apple"], []),
+        ("author", "y", [], ["apple"]),
+        ("status", "x", [], ["apple"]),
+        ("year", 1, ["apple"], []),
+    ):
+        condition = Filter(conditions=(Condition(name, "eq", value),))
+        assert await texts(store, key, condition) == own
+        assert await texts(store, other, condition) == others
 
 
 async def test_tenants_and_corpora_never_see_each_other(store: Store, key: CorpusKey) -> None:

@@ -7,7 +7,7 @@ import grpc
 import pytest
 from tworoads.v1 import retrieval_pb2 as pb
 
-from services.retrieval.stores.store import CorpusKey
+from services.retrieval.stores.store import MOST_COLUMNS, CorpusKey
 from services.runtime.errors import Overloaded, Stopping, error_info
 from tests.small_stack import SmallStack, small_stack
 
@@ -196,6 +196,20 @@ async def test_filters_restrict_by_document_and_metadata(stack):
     )
     assert await search(stack, "owls", filter=pb.Filter(conditions=[late])) == ["new"]
     assert await search(stack, "owls", filter=pb.Filter(document_ids=["old"])) == ["old"]
+
+
+async def test_a_document_with_one_metadata_key_too_many_is_refused_alone(stack):
+    def with_keys(id: str, names: Iterable[str]):
+        value = pb.MetadataValue(bool_value=True)
+        return document(id, "owls", metadata=dict.fromkeys(names, value))
+
+    keys = [f"k{number}" for number in range(MOST_COLUMNS)]
+    documents = [with_keys(f"d{at}", keys[at : at + 32]) for at in range(0, len(keys), 32)]
+    await put(stack, *documents)
+    results = await put(stack, with_keys("more", ["new", "k1"]), with_keys("same", ["k1", "k99"]))
+    assert results["more"].reason == "METADATA_KEYS_FULL"
+    assert results["same"].outcome == pb.DOCUMENT_OUTCOME_INDEXED
+    assert len(await search(stack, "owls", limit=9)) == len(documents) + 1
 
 
 async def test_many_documents_with_some_broken_lose_none_of_the_others(stack):

@@ -21,6 +21,7 @@ from services.retrieval.chunking import chunk
 from services.retrieval.corpora import HEADROOM, Corpora, Corpus
 from services.retrieval.embedder import Embedder
 from services.retrieval.parser import Parser
+from services.retrieval.stores import rows
 from services.retrieval.stores.store import (
     CorpusKey,
     Document,
@@ -193,6 +194,7 @@ class Ingest:
 
     async def _parse_and_embed(self, document: Incoming, content_hash: str) -> _Prepared:
         parsed = await self._parser.parse(document.content, document.media_type)
+        await self._store.add_columns(self._key, rows.columns([document.metadata]))
         chunks = await asyncio.to_thread(chunk, parsed, self._tokenizer, self._corpus.chunk_tokens)
         version = uuid.uuid4().hex
         title = (document.title or parsed.title or document.id)[:TITLE_CHARS]

@@ -12,10 +12,10 @@ import pytest_asyncio
 import weaviate
 from weaviate.classes.init import Auth
 
-from services.retrieval.stores.store import CorpusKey, Filter, Store
+from services.retrieval.stores.store import CorpusKey, Filter, MetadataValue, Store
 from services.retrieval.stores.weaviate import WeaviateStore
 from services.retrieval.stores.weaviate_backup import BackupFailed, back_up, restore
-from services.retrieval.stores.weaviate_schema import DOCUMENTS
+from services.retrieval.stores.weaviate_schema import DOCUMENTS, passages_collection
 from services.retrieval.stores.weaviate_server import WeaviateServer, find_binary
 from services.runtime import call
 from services.runtime.errors import Overloaded, TooLate, Unavailable
@@ -42,6 +42,19 @@ async def store(server: WeaviateServer) -> AsyncIterator[Store]:
 
 def opened(server: WeaviateServer) -> AbstractAsyncContextManager[WeaviateStore]:
     return WeaviateStore.open(server.http_address, server.grpc_address, server.api_key)
+
+
+def admin(server: WeaviateServer) -> weaviate.WeaviateAsyncClient:
+    return weaviate.use_async_with_custom(
+        http_host="127.0.0.1",
+        http_port=int(server.http_address.split(":")[1]),
+        http_secure=False,
+        grpc_host="127.0.0.1",
+        grpc_port=int(server.grpc_address.split(":")[1]),
+        grpc_secure=False,
+        auth_credentials=Auth.api_key(server.api_key),
+        skip_init_checks=True,
+    )
 
 
 async def fails_within(seconds: float, store: Store, key: CorpusKey) -> None:
@@ -151,16 +164,7 @@ async def test_a_read_only_server_refuses_writes_and_answers_searches(
 ) -> None:
     await put(store, key, make_passage("apple"))
     await store.put_documents(key, [(make_document("a"), "text")])
-    async with weaviate.use_async_with_custom(
-        http_host="127.0.0.1",
-        http_port=int(server.http_address.split(":")[1]),
-        http_secure=False,
-        grpc_host="127.0.0.1",
-        grpc_port=int(server.grpc_address.split(":")[1]),
-        grpc_secure=False,
-        auth_credentials=Auth.api_key(server.api_key),
-        skip_init_checks=True,
-    ) as client:
+    async with admin(server) as client:
         names = [name for name in await client.collections.list_all() if "Records" not in name]
         for name in names:
             config = client.collections.use(name).config
@@ -176,6 +180,21 @@ async def test_a_read_only_server_refuses_writes_and_answers_searches(
         assert caught.value.reason == "STORE_FULL"
     assert await texts(store, key, Filter()) == ["apple"]
     assert await store.count_documents(key) == 1
+
+
+async def test_corpora_share_the_properties_of_their_metadata(
+    server: WeaviateServer, store: Store, key: CorpusKey
+) -> None:
+    for number in range(5):
+        one = CorpusKey(key.tenant, f"c{number}")
+        metadata: dict[str, MetadataValue] = {f"text{number}": "x", f"number{number}": 1}
+        await store.create_corpus(one, "embedder of its own", 3)
+        await store.put_passages(one, [make_passage("apple", metadata=metadata)], spread(1))
+    async with admin(server) as client:
+        passages = client.collections.use(passages_collection("embedder of its own"))
+        config = await passages.config.get(simple=True)
+    names = {one.name for one in config.properties}
+    assert names == {"document", "version", "stems", "passage", "s0", "n0"}
 
 
 async def test_a_replica_notices_that_another_one_created_the_corpus_anew(

@@ -8,7 +8,7 @@ import asyncio
 import fcntl
 import functools
 import operator
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence, Set
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -146,20 +146,23 @@ class LanceStore:
             await self._drop(_passages(key))
             await self._drop(_documents(key))
 
+    async def add_columns(self, key: CorpusKey, columns: Set[str]) -> None:
+        table = await self._needed(_passages(key))
+        if columns <= set(table.schema.names):
+            return
+        with translated():
+            async with table.writing():
+                known = set(table.schema.names).difference(passages_schema(1).names)
+                added = rows.missing(known, columns)
+                await table.add_columns([pa.field(one, METADATA_TYPES[one[0]]) for one in added])
+
     async def put_passages(
         self, key: CorpusKey, passages: Sequence[Passage], vectors: NDArray[np.float32]
     ) -> None:
+        await self.add_columns(key, rows.columns(passage.metadata for passage in passages))
         table = await self._needed(_passages(key))
-        columns = {
-            rows.column(name, value): None
-            for passage in passages
-            for name, value in passage.metadata.items()
-        }
         with translated():
             async with table.writing(len(passages)):
-                await table.ensure_columns(
-                    pa.field(name, METADATA_TYPES[name[0]]) for name in columns
-                )
                 data = await asyncio.to_thread(_passages_data, passages, vectors, table.schema)
                 await table.lance.add(data)
 

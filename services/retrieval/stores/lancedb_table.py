@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from datetime import timedelta
 
@@ -72,11 +72,10 @@ class Table:
             loop = asyncio.get_running_loop()
             self._timer = loop.call_later(QUIET_SECONDS, self._tidy_soon)
 
-    async def ensure_columns(self, fields: Iterable[pa.Field]) -> None:
-        """Add the columns that are missing, empty. To be called while writing."""
-        missing = [field for field in fields if field.name not in self.schema.names]
-        if missing:
-            await self.lance.add_columns(missing)
+    async def add_columns(self, fields: list[pa.Field]) -> None:
+        """Add columns, empty. To be called while writing."""
+        if fields:
+            await self.lance.add_columns(fields)
             self.schema = await self.lance.schema()
 
     async def read(self, query: AsyncQueryBase) -> pa.Table:

@@ -1,14 +1,22 @@
 """The form in which the stores keep documents, passages and metadata.
 
 A document or a passage is one JSON text, so that it comes back exactly as it was. Metadata stands
-beside it in columns to filter by, one for each key and type.
+beside it in columns to filter by, one for each key and type of value.
 """
 
 import json
+from collections.abc import Iterable, Mapping, Set
 from datetime import UTC, datetime
 from typing import Any
 
-from services.retrieval.stores.store import Condition, Document, MetadataValue, Passage
+from services.retrieval.stores.store import (
+    MOST_COLUMNS,
+    Condition,
+    Document,
+    MetadataValue,
+    Passage,
+)
+from services.runtime.errors import InvalidInput
 
 
 def column(key: str, value: MetadataValue) -> str:
@@ -19,6 +27,25 @@ def column(key: str, value: MetadataValue) -> str:
     if isinstance(value, bool):
         return f"b_{key}"
     return f"t_{key}" if isinstance(value, datetime) else f"n_{key}"
+
+
+def columns(metadata: Iterable[Mapping[str, MetadataValue]]) -> set[str]:
+    """Return the columns that documents with this metadata need."""
+    return {column(key, value) for one in metadata for key, value in one.items()}
+
+
+def missing(known: Set[str], needed: Set[str]) -> list[str]:
+    """Return the columns to add to the known ones of a corpus, in order. Raises InvalidInput
+    (METADATA_KEYS_FULL) if there would be too many."""
+    added = sorted(needed - known)
+    room = MOST_COLUMNS - len(known)
+    if len(added) > room:
+        raise InvalidInput(
+            "METADATA_KEYS_FULL",
+            f"a corpus has at most {MOST_COLUMNS} metadata keys, one with values of two types "
+            f"counting twice; {added[room][2:]!r} would be one more",
+        )
+    return added
 
 
 def condition_column(condition: Condition) -> str:

@@ -7,7 +7,7 @@ business.
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Literal, Protocol
@@ -18,6 +18,9 @@ from numpy.typing import NDArray
 MetadataValue = str | float | bool | datetime
 Comparator = Literal["eq", "ne", "lt", "le", "gt", "ge"]
 Kind = Literal["corpus", "policy", "version"]
+
+# Of a corpus. In Weaviate every corpus bears the properties that any has.
+MOST_COLUMNS = 128
 
 
 @dataclass(frozen=True)
@@ -100,8 +103,8 @@ NO_FILTER = Filter()
 class Store(Protocol):
     """The seam between retrieval and a database. Every method may raise Unavailable
     (STORE_UNAVAILABLE), and those that write Overloaded (STORE_FULL). A name or key that does not
-    exist gives None, nothing or zero; only `put_passages` and `put_documents`, which would lose
-    what they were given, raise NotFound (CORPUS_NOT_FOUND)."""
+    exist gives None, nothing or zero; only `add_columns`, `put_passages` and `put_documents`, which
+    would lose what they were given, raise NotFound (CORPUS_NOT_FOUND)."""
 
     async def put_record(self, kind: Kind, key: CorpusKey, value: str) -> None:
         """Create or replace a small record, as JSON text."""
@@ -125,10 +128,15 @@ class Store(Protocol):
     async def drop_corpus(self, key: CorpusKey) -> None:
         """Delete all documents and passages of a corpus."""
 
+    async def add_columns(self, key: CorpusKey, columns: Set[str]) -> None:
+        """Make room for metadata (`rows.columns`), which stays when documents go. Raises
+        InvalidInput (METADATA_KEYS_FULL), and then adds nothing."""
+
     async def put_passages(
         self, key: CorpusKey, passages: Sequence[Passage], vectors: NDArray[np.float32]
     ) -> None:
-        """Add passages with their vectors, shape (passages, dimension). Ids are new."""
+        """Add passages with their vectors, shape (passages, dimension), and the columns that they
+        need. Ids are new."""
 
     async def put_documents(
         self, key: CorpusKey, documents: Sequence[tuple[Document, str]]

@@ -1,19 +1,21 @@
 """The store for a cluster: Weaviate. https://docs.weaviate.io
 
 All documents are in one collection, the passages of each embedder in another, each corpus in a
-Weaviate tenant of its own inside them. A placement record tells the embedder of a corpus.
+Weaviate tenant of its own inside them. A placement record tells the embedder of a corpus, and in
+which properties its metadata are: all corpora share the same few, since each bears those of all.
 """
 
 import asyncio
 import functools
 import json
 import uuid
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence, Set
 from contextlib import asynccontextmanager
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import TypeAdapter
 from weaviate import WeaviateAsyncClient
 from weaviate.classes.data import DataObject
 from weaviate.classes.query import Filter as Where
@@ -41,13 +43,13 @@ from services.retrieval.stores.weaviate_connection import (
 from services.retrieval.stores.weaviate_schema import (
     DOCUMENTS,
     RECORDS,
-    add_metadata,
+    Placement,
     comparable,
     ensure_collections,
+    ensure_metadata,
     ensure_passages,
     other_than,
     passages_collection,
-    property_names,
     stems,
     stored,
     where,
@@ -63,6 +65,7 @@ NAMESPACE = uuid.UUID("c1d8e1b5-0a52-4bb1-9c8b-6f0f5a4e7d21")
 OBJECTS_AT_ONCE = 100  # the client packs them on the event loop
 BYTES_AT_ONCE = 8_000_000  # of texts; the server takes 100 MB
 DOCUMENTS_AT_ONCE = 50
+PLACEMENT = TypeAdapter(Placement)
 
 
 def _where_there_is_a_tenant(nothing: Callable[[], Any]) -> Callable[[Method[P, T]], Method[P, T]]:
@@ -94,9 +97,8 @@ class WeaviateStore:
 
     def __init__(self) -> None:
         self._connection: WeaviateConnection
-        self._placements: dict[CorpusKey, str] = {}
-        self._properties: dict[str, set[str]] = {}
-        self._schema = asyncio.Lock()
+        self._placements: dict[CorpusKey, Placement] = {}
+        self._placing = asyncio.Lock()
 
     @classmethod
     @asynccontextmanager
@@ -111,7 +113,6 @@ class WeaviateStore:
 
     async def _prepare(self, client: WeaviateAsyncClient) -> None:
         self._placements.clear()
-        self._properties.clear()
         await ensure_collections(client)
 
     async def put_record(self, kind: Kind, key: CorpusKey, value: str) -> None:
@@ -171,38 +172,54 @@ class WeaviateStore:
             await client.collections.use(RECORDS).data.delete_by_id(_id(kind, key))
 
     async def create_corpus(self, key: CorpusKey, embedder: str, dimension: int) -> None:
-        async with self._connection.writing() as client:
-            placed = await self._get_record(client, "placement", key) or embedder
-            await ensure_passages(client, placed)
-            for name in (passages_collection(placed), DOCUMENTS):
-                await client.collections.use(name).tenants.create(Tenant(name=key.digest))
-        await self._put_record("placement", key, placed)
-        self._placements[key] = placed
+        async with self._placing:
+            async with self._connection.writing() as client:
+                placement = await self._get_placement(client, key) or Placement(embedder)
+                await ensure_passages(client, placement.embedder)
+                for name in (passages_collection(placement.embedder), DOCUMENTS):
+                    await client.collections.use(name).tenants.create(Tenant(name=key.digest))
+            await self._put_placement(key, placement)
 
     @_where_there_is_a_tenant(lambda: None)
     async def drop_corpus(self, key: CorpusKey) -> None:
-        async with self._connection.writing() as client:
-            placed = await self._get_record(client, "placement", key)
-            if placed is None:
-                return
-            for name in (passages_collection(placed), DOCUMENTS):
-                await client.collections.use(name).tenants.remove(key.digest)
-        await self._delete_record("placement", key)  # last: what went wrong before is done again
-        self._placements.pop(key, None)
+        async with self._placing:
+            async with self._connection.writing() as client:
+                placement = await self._get_placement(client, key)
+                if placement is None:
+                    return
+                for name in (passages_collection(placement.embedder), DOCUMENTS):
+                    await client.collections.use(name).tenants.remove(key.digest)
+            await self._delete_record("placement", key)  # last: what went wrong is done again
+            self._placements.pop(key, None)
+
+    @_where_there_is_a_tenant(_refuse)
+    async def add_columns(self, key: CorpusKey, columns: Set[str]) -> None:
+        placement = self._placements.get(key)
+        if placement and columns <= placement.properties.keys():
+            return
+        async with self._placing:
+            async with self._connection.writing() as client:
+                placement = await self._placed(client, key, columns)
+                missing = rows.missing(placement.properties.keys(), columns)
+                if not missing:
+                    return
+                placement = placement.with_columns(missing)
+                collection = _of(client, passages_collection(placement.embedder), key)
+                await ensure_metadata(collection, placement.properties.values())
+            await self._put_placement(key, placement)
 
     @_where_there_is_a_tenant(_refuse)
     async def put_passages(
         self, key: CorpusKey, passages: Sequence[Passage], vectors: NDArray[np.float32]
     ) -> None:
-        objects = await asyncio.to_thread(_passage_objects, key, passages, vectors)
-        columns = {
-            rows.column(name, value)
-            for passage in passages
-            for name, value in passage.metadata.items()
-        }
+        columns = rows.columns(passage.metadata for passage in passages)
+        await self.add_columns(key, columns)
         async with self._connection.writing() as client:
-            collection = await self._passages_of(client, key)
-            await self._ensure_metadata(collection, columns)
+            placement = await self._placed(client, key, columns)
+            collection = _of(client, passages_collection(placement.embedder), key)
+        objects = await asyncio.to_thread(
+            _passage_objects, key, passages, vectors, placement.properties
+        )
         await self._insert_all(collection, objects)
 
     @_where_there_is_a_tenant(_refuse)
@@ -281,7 +298,8 @@ class WeaviateStore:
         ]
         for start in range(0, len(stale), DOCUMENTS_AT_ONCE):
             async with self._connection.writing() as client:
-                collection = await self._passages_of(client, key)
+                placement = await self._placed(client, key)
+                collection = _of(client, passages_collection(placement.embedder), key)
                 await _delete(collection, Where.any_of(stale[start : start + DOCUMENTS_AT_ONCE]))
 
     @_where_there_is_a_tenant(list)
@@ -289,13 +307,15 @@ class WeaviateStore:
         self, key: CorpusKey, vector: NDArray[np.float32], limit: int, filter: Filter = NO_FILTER
     ) -> list[Hit]:
         async with self._connection.reading() as client:
-            collection = await self._passages_of(client, key)
-            if not await self._can_hold(collection, filter):
+            columns = {rows.condition_column(condition) for condition in filter.conditions}
+            placement = await self._placed(client, key, columns)
+            if not columns <= placement.properties.keys():
                 return []
+            collection = _of(client, passages_collection(placement.embedder), key)
             found = await collection.query.near_vector(
                 vector.tolist(),
                 limit=limit,
-                filters=where(filter),
+                filters=where(filter, placement.properties),
                 return_properties=["passage"],
                 return_metadata=MetadataQuery(distance=True),
             )
@@ -309,40 +329,41 @@ class WeaviateStore:
         if not query:
             return []
         async with self._connection.reading() as client:
-            collection = await self._passages_of(client, key)
-            if not await self._can_hold(collection, filter):
+            columns = {rows.condition_column(condition) for condition in filter.conditions}
+            placement = await self._placed(client, key, columns)
+            if not columns <= placement.properties.keys():
                 return []
+            collection = _of(client, passages_collection(placement.embedder), key)
             found = await collection.query.bm25(
                 query,
                 query_properties=["stems"],
                 limit=limit,
-                filters=where(filter),
+                filters=where(filter, placement.properties),
                 return_properties=["passage"],
                 return_metadata=MetadataQuery(score=True),
             )
         return [_hit(key, row, row.metadata.score or 0.0) for row in found.objects]
 
-    async def _passages_of(self, client: WeaviateAsyncClient, key: CorpusKey) -> Collection:
-        """Return the passages of a corpus. Raises TenantAbsent if there is no such corpus."""
-        embedder = self._placements.get(key)
-        if embedder is None:
-            embedder = await self._get_record(client, "placement", key)
-            if embedder is None:
+    async def _placed(
+        self, client: WeaviateAsyncClient, key: CorpusKey, columns: Set[str] = frozenset()
+    ) -> Placement:
+        """Return where a corpus is, as of now if what is known has not all of these columns. Raises
+        TenantAbsent if there is no such corpus."""
+        placement = self._placements.get(key)
+        if placement is None or not columns <= placement.properties.keys():
+            placement = await self._get_placement(client, key)
+            if placement is None:
                 raise TenantAbsent
-            self._placements[key] = embedder
-        return _of(client, passages_collection(embedder), key)
+            self._placements[key] = placement
+        return placement
 
-    async def _can_hold(self, collection: Collection, filter: Filter) -> bool:
-        """Tell whether any passage has the properties that a filter is about."""
-        columns = {rows.condition_column(condition) for condition in filter.conditions}
-        if not columns <= self._properties.get(collection.name, set()):
-            self._properties[collection.name] = await property_names(collection)
-        return columns <= self._properties.get(collection.name, set())
+    async def _get_placement(self, client: WeaviateAsyncClient, key: CorpusKey) -> Placement | None:
+        record = await self._get_record(client, "placement", key)
+        return PLACEMENT.validate_json(record) if record else None
 
-    async def _ensure_metadata(self, collection: Collection, columns: set[str]) -> None:
-        async with self._schema:
-            if not columns <= self._properties.get(collection.name, set()):
-                self._properties[collection.name] = await add_metadata(collection, columns)
+    async def _put_placement(self, key: CorpusKey, placement: Placement) -> None:
+        await self._put_record("placement", key, PLACEMENT.dump_json(placement).decode())
+        self._placements[key] = placement
 
     async def _insert_all(
         self, collection: Collection, objects: Sequence[DataObject[Any, Any]]
@@ -389,7 +410,10 @@ def _hit(key: CorpusKey, row: Any, score: float) -> Hit:
 
 
 def _passage_objects(
-    key: CorpusKey, passages: Sequence[Passage], vectors: NDArray[np.float32]
+    key: CorpusKey,
+    passages: Sequence[Passage],
+    vectors: NDArray[np.float32],
+    properties: Mapping[str, str],
 ) -> list[DataObject[Any, Any]]:
     stemmed = stems([rows.words(passage) for passage in passages])
     return [
@@ -402,7 +426,10 @@ def _passage_objects(
                 "stems": words,
                 "passage": _owned(key, rows.passage_to_json(passage)),
             }
-            | {rows.column(name, value): stored(value) for name, value in passage.metadata.items()},
+            | {
+                properties[rows.column(name, value)]: stored(value)
+                for name, value in passage.metadata.items()
+            },
         )
         for passage, words, vector in zip(passages, stemmed, vectors.tolist(), strict=True)
     ]

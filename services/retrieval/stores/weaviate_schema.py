@@ -7,7 +7,8 @@ compares; texts to search are written as stems, because it has no stemming.
 import hashlib
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
@@ -32,6 +33,23 @@ from services.retrieval.stores.store import Condition, Filter, MetadataValue
 RECORDS = "TworoadsRecords"
 DOCUMENTS = "TworoadsDocuments"
 WORD = re.compile(r"[^\W_]+")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the passages of a corpus are: in the collection of an embedder, each column of their
+    metadata in a property, the first texts of all corpora in "s0", the next in "s1", and so on."""
+
+    embedder: str
+    properties: Mapping[str, str] = field(default_factory=dict)
+
+    def with_columns(self, columns: Iterable[str]) -> "Placement":
+        """Return the placement with a property for each of these columns, which are new."""
+        properties = dict(self.properties)
+        for column in columns:
+            of_type = sum(known[0] == column[0] for known in properties)
+            properties[column] = f"{column[0]}{of_type}"
+        return Placement(self.embedder, properties)
 
 
 def passages_collection(embedder: str) -> str:
@@ -65,23 +83,11 @@ async def ensure_passages(client: WeaviateAsyncClient, embedder: str) -> None:
     )
 
 
-async def add_metadata(collection: CollectionAsync[Any, Any], columns: Iterable[str]) -> set[str]:
-    """Add the properties for metadata that are missing; return all that there are."""
-    names = await property_names(collection)
-    for column in columns:
-        if column not in names:
-            try:
-                await collection.config.add_property(_metadata(column))
-            except UnexpectedStatusCodeError:  # another process may have added it just now
-                if column not in await property_names(collection):
-                    raise
-    return names.union(columns)
-
-
-async def property_names(collection: CollectionAsync[Any, Any]) -> set[str]:
-    """Return the names of the properties of a collection."""
+async def ensure_metadata(collection: CollectionAsync[Any, Any], names: Iterable[str]) -> None:
+    """Add the properties for metadata that are missing."""
     config = await collection.config.get(simple=True)
-    return {property.name for property in config.properties}
+    for name in set(names).difference(property.name for property in config.properties):
+        await collection.config.add_property(_metadata(name))
 
 
 def stems(texts: Sequence[str]) -> list[str]:
@@ -106,9 +112,12 @@ def stored(value: MetadataValue) -> str | float | bool:
     return value if isinstance(value, bool) else float(value)
 
 
-def where(filter: Filter) -> _Filters | None:
+def where(filter: Filter, properties: Mapping[str, str]) -> _Filters | None:
     """Return the condition on the properties of passages that a filter stands for, None for all."""
-    parts = [_where(condition) for condition in filter.conditions]
+    parts = [
+        _where(condition, properties[rows.condition_column(condition)])
+        for condition in filter.conditions
+    ]
     if filter.document_ids:
         ids = [comparable(id) for id in filter.document_ids]
         parts.append(Where.by_property("document").contains_any(ids))
@@ -124,8 +133,8 @@ def other_than(property: str, value: Any) -> _Filters:
     return own.less_than(value) | own.greater_than(value)
 
 
-def _where(condition: Condition) -> _Filters:
-    name, value = rows.condition_column(condition), stored(condition.value)
+def _where(condition: Condition, name: str) -> _Filters:
+    value = stored(condition.value)
     own = Where.by_property(name)
     match condition.comparator:
         case "eq":
@@ -152,10 +161,10 @@ def _text(name: str, indexed: bool = True) -> Property:
     )
 
 
-def _metadata(column: str) -> Property:
-    if column[0] == "n":
-        return Property(name=column, data_type=DataType.NUMBER, index_range_filters=True)
-    return Property(name=column, data_type=DataType.BOOL) if column[0] == "b" else _text(column)
+def _metadata(name: str) -> Property:
+    if name[0] == "n":
+        return Property(name=name, data_type=DataType.NUMBER, index_range_filters=True)
+    return Property(name=name, data_type=DataType.BOOL) if name[0] == "b" else _text(name)
 
 
 async def _ensure(
