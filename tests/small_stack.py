@@ -61,6 +61,7 @@ GENERATION = "tworoads.v1.GenerationService"
 EVALUATION = "tworoads.v1.EvaluationService"
 DIMENSION = 64
 MEBIBYTE = 1024 * 1024
+MOST_CORPORA = 20
 
 
 class FakeEmbedding(EmbeddingServiceServicer):
@@ -177,7 +178,7 @@ async def retrieval_stack(
     ):
         await embedding_server.serve(lambda s: add_EmbeddingServiceServicer_to_server(embedding, s))
         embedder = Embedder(EmbeddingServiceStub(channel))
-        service = RetrievalService(store, embedder, parser_pool, most_bytes)
+        service = RetrievalService(store, embedder, parser_pool, most_bytes, MOST_CORPORA)
         await server.serve(lambda s: add_RetrievalServiceServicer_to_server(service, s))
         yield server, embedding_server
 

@@ -8,8 +8,9 @@ import pytest
 from tworoads.v1 import retrieval_pb2 as pb
 
 from services.retrieval.stores.store import MOST_COLUMNS, CorpusKey
+from services.runtime.call import TENANT
 from services.runtime.errors import Overloaded, Stopping, error_info
-from tests.small_stack import SmallStack, small_stack
+from tests.small_stack import MOST_CORPORA, SmallStack, small_stack
 
 
 @pytest.fixture
@@ -333,6 +334,23 @@ async def test_creating_a_corpus_twice_fails_unless_that_is_allowed(stack):
     request = pb.CreateCorpusRequest(name="c", allow_existing=True)
     response = await stack.retrieval.CreateCorpus(request)
     assert response.corpus.name == "c"
+
+
+async def test_a_tenant_has_so_many_corpora_and_another_as_many(stack):
+    async def create(name: str, tenant: str = "default") -> None:
+        request = pb.CreateCorpusRequest(name=name)
+        await stack.retrieval.CreateCorpus(request, metadata=((TENANT, tenant),))
+
+    for number in range(1, MOST_CORPORA):
+        await create(f"c{number}")
+    with pytest.raises(grpc.aio.AioRpcError) as error:
+        await create("more")
+    assert reason_of(error) == (grpc.StatusCode.FAILED_PRECONDITION, "TOO_MANY_CORPORA")
+    await create("more", tenant="another")
+    again = pb.CreateCorpusRequest(name="c", allow_existing=True)
+    assert (await stack.retrieval.CreateCorpus(again)).corpus.name == "c"
+    await stack.retrieval.DeleteCorpus(pb.DeleteCorpusRequest(name="c1"))
+    await create("more")
 
 
 async def test_another_embedder_is_refused_never_mixed(stack):

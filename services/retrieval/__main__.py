@@ -44,7 +44,13 @@ async def main(settings: Settings) -> None:
         ) as parser,
     ):
         embedder = Embedder(EmbeddingServiceStub(channel))
-        service = RetrievalService(store, embedder, parser, settings.document_mb * 1024 * 1024)
+        service = RetrievalService(
+            store,
+            embedder,
+            parser,
+            most_bytes=settings.document_mb * 1024 * 1024,
+            most_corpora=settings.max_corpora,
+        )
         await server.serve(lambda s: add_RetrievalServiceServicer_to_server(service, s))
         await server.until_stopped()
 

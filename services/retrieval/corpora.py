@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 
 from services.retrieval.embedder import Embedder, Identity
 from services.retrieval.stores.store import CorpusKey, Store
-from services.runtime.errors import AlreadyExists, Conflict, InvalidInput, NotFound
+from services.runtime.errors import AlreadyExists, Conflict, InvalidInput, NotFound, NotReady
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 CHUNK_TOKENS = 200
@@ -61,15 +61,17 @@ CORPUS, POLICY = TypeAdapter(Corpus), TypeAdapter(Policy)
 
 
 class Corpora:
-    """Creates, finds and deletes corpora, and says when one changes."""
+    """Creates, finds and deletes corpora, at most `most` of a tenant, and says when one changes."""
 
-    def __init__(self, store: Store, embedder: Embedder) -> None:
+    def __init__(self, store: Store, embedder: Embedder, most: int) -> None:
         self._store = store
         self._embedder = embedder
+        self._most = most
         self._creating = asyncio.Lock()
 
     async def create(self, key: CorpusKey, chunk_tokens: int | None, allow_existing: bool) -> None:
-        """Create a corpus for the embedder that runs now. Raises AlreadyExists (CORPUS_EXISTS)."""
+        """Create a corpus for the embedder that runs now. Raises AlreadyExists (CORPUS_EXISTS),
+        NotReady (TOO_MANY_CORPORA)."""
         if not NAME.fullmatch(key.name):
             raise InvalidInput(
                 "CORPUS_NAME_INVALID",
@@ -81,6 +83,12 @@ class Corpora:
                 if allow_existing:
                     return
                 raise AlreadyExists("CORPUS_EXISTS", f"there is a corpus {key.name!r} already")
+            there = await self._store.list_records("corpus", key.tenant, "", self._most)
+            if len(there) == self._most:
+                raise NotReady(
+                    "TOO_MANY_CORPORA",
+                    f"there may be {self._most:,} corpora; delete one that is not needed",
+                )
             model = await self._embedder.identity()
             most = model.max_tokens - HEADROOM
             tokens = min(CHUNK_TOKENS, most) if chunk_tokens is None else chunk_tokens

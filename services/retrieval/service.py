@@ -35,14 +35,22 @@ PROGRESS_SECONDS = 1.0
 
 
 class RetrievalService(pb_grpc.RetrievalServiceServicer):
-    """Serves corpora of `store`. `most_bytes` is the largest document that is taken."""
+    """Serves corpora of `store`, at most `most_corpora` of a tenant. `most_bytes` is the largest
+    document that is taken."""
 
-    def __init__(self, store: Store, embedder: Embedder, parser: Parser, most_bytes: int) -> None:
+    def __init__(
+        self,
+        store: Store,
+        embedder: Embedder,
+        parser: Parser,
+        most_bytes: int,
+        most_corpora: int,
+    ) -> None:
         self._store = store
         self._embedder = embedder
         self._parser = parser
         self._most_bytes = most_bytes
-        self._corpora = Corpora(store, embedder)
+        self._corpora = Corpora(store, embedder, most_corpora)
         self._searcher = Searcher(store, self._corpora, embedder)
         self._room = Room()
         self._committing: WeakValueDictionary[CorpusKey, asyncio.Lock] = WeakValueDictionary()

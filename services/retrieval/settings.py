@@ -31,6 +31,9 @@ class Settings(ServerSettings):
     weaviate_key_file: Path | None = None
     """File that holds Weaviate's API key."""
 
+    max_corpora: int = Field(1000, gt=0, le=10_000)
+    """The most corpora that a tenant may have."""
+
     parser_processes: int = Field(1, gt=0)
     """Child processes that parse documents."""
 
