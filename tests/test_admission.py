@@ -68,7 +68,7 @@ async def test_of_200_calls_5_run_10_wait_and_the_others_are_refused_at_once() -
             start = time.perf_counter()
             await failure(server.embed())
             times.append(time.perf_counter() - start)
-        assert sorted(times)[10] < 0.01
+        assert sorted(times)[10] < 0.1
 
         gate.open.set()
         results = await soon(asyncio.gather(*calls, return_exceptions=True))

@@ -162,13 +162,13 @@ async def test_a_replica_that_dies_leaves_the_others_answering() -> None:
 async def test_a_silent_peer_is_kept_and_a_frozen_one_noticed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As in production at five times the pace: a ping every second, answered within another.
+    """As in production at five times the pace: a ping every second.
 
     A server that finds pings too frequent hangs up at the fourth; a client that gives up pinging
     does so after the second.
     """
-    for key in ("keepalive_time_ms", "keepalive_timeout_ms", "http2.ping_timeout_ms"):
-        monkeypatch.setitem(channels.OPTIONS, f"grpc.{key}", channels.OPTIONS[f"grpc.{key}"] // 5)
+    name = "grpc.keepalive_time_ms"
+    monkeypatch.setitem(channels.OPTIONS, name, channels.OPTIONS[name] // 5)
     async with program() as (process, port):
         async with connect(f"127.0.0.1:{port}", GENERATION) as channel:
             call = channel.unary_stream(f"/{GENERATION}/Generate")(b"")

@@ -253,14 +253,15 @@ async def test_a_frozen_replica_gets_no_calls_after_ten_seconds_and_is_used_agai
                 frozen = time.monotonic()
                 one.send(signal.SIGSTOP)
                 on_it = [each for each in streams if each.host == ONE]
-                await until(lambda: all(each.error for each in on_it), 12)
-                await until(lambda: time.monotonic() > frozen + 12, 12)
-        late = [each for each in short if each.began > frozen + 10]
+                await until(lambda: all(each.error for each in on_it), 20)
+                left = max(each.ended for each in on_it)
+                await until(lambda: time.monotonic() > left + 2)
+        late = [each for each in short if each.began > left]
         assert len(late) >= 5 and all(each.ended - each.began < 1 for each in late)
         assert [each for each in short if not each.whole(1)] == []  # the others took over
         assert len(on_it) == 3
         assert all(each.error.code() == StatusCode.UNAVAILABLE for each in on_it)
-        assert all(each.ended - frozen <= 10.5 for each in on_it)
+        assert left - frozen <= 12  # 10 s, and what a busy machine adds
         assert all(each.whole(130) for each in streams if each not in on_it)
         one.send(signal.SIGCONT)  # what failed so often is looked at again after 5 to 10 s
         await until(lambda: every_host_answers(callers, (ONE, TWO, THREE)), 20)
@@ -289,7 +290,7 @@ async def assert_told_to_come_again(heard: Heard) -> None:
     assert heard.error and heard.error.code() == StatusCode.UNAVAILABLE
     assert error_info(heard.error).reason == "GENERATION_UNAVAILABLE"
     assert retry_seconds(heard.error)
-    assert heard.ended - heard.began < 2
+    assert heard.ended - heard.began < 4
 
 
 async def answers(callers: Callers) -> bool:

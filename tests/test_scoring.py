@@ -1,7 +1,7 @@
 """How answers are scored, and which scorer is chosen."""
 
 import json
-from time import perf_counter
+from time import process_time
 
 import pytest
 
@@ -240,9 +240,9 @@ def test_a_regular_expression_must_match_the_whole_text(text, pattern, expected)
 
 
 def test_a_catastrophic_regular_expression_is_stopped_and_does_not_match():
-    start = perf_counter()
+    start = process_time()
     assert score(Scoring(strict="regex"), EVIL_TEXT, [EVIL] * 50) == (0.0, 0.0)
-    assert perf_counter() - start < 2  # two times 0.2 s, not 100 times
+    assert process_time() - start < 2  # two times 0.2 s, not 100 times
     # The right one before it is still found.
     assert score(Scoring(strict="regex"), EVIL_TEXT, ["a+b", EVIL]) == (1.0, 1.0)
 
@@ -347,9 +347,9 @@ def test_a_scorer_that_does_not_fit_is_refused(strict, blind, tolerance):
     ids=range(11),
 )
 def test_no_text_takes_long_or_scores_outside_0_to_1(scorer, other, text):
-    start = perf_counter()
+    start = process_time()
     scores = score(Scoring(scorer, other, 0.1), text, ['{"a": 1}', "42", "card_arrival"])
-    assert perf_counter() - start < 2
+    assert process_time() - start < 2
     assert all(0 <= one <= 1 for one in scores)
 
 

@@ -140,8 +140,15 @@ async def test_a_connection_has_no_more_streams_than_are_ever_worked_on(
         await health.Check(request)  # now the limit is known
         watches = [health.Watch(request) for _ in range(8)]
         reading = [asyncio.ensure_future(watch.read()) for watch in watches]
-        done, _ = await asyncio.wait(reading, timeout=0.5)  # the others wait, or are refused
-        assert len([read for read in done if not read.exception()]) == 5
+
+        def answered() -> int:
+            return sum(read.done() and not read.exception() for read in reading)
+
+        async with asyncio.timeout(10):
+            while answered() < 5:
+                await asyncio.sleep(0.01)
+        await asyncio.sleep(0.5)  # the others wait, or are refused
+        assert answered() == 5
         for watch in watches:
             watch.cancel()
         await asyncio.gather(*reading, return_exceptions=True)

@@ -178,7 +178,7 @@ async def test_a_reader_who_leaves_still_stops_the_backends(tmp_path: Path) -> N
                         break
             left = time.monotonic()
             await until(lambda: stack.generation.running == 0)
-            assert time.monotonic() - left < 0.5
+            assert time.monotonic() - left < 2
     asked = "tworoads.v1.AnswerService/Answer"
     generated = "tworoads.v1.GenerationService/Generate"
     for name, kind in (
@@ -201,7 +201,7 @@ async def test_a_unary_call_that_is_cancelled_still_stops_the_backends(tmp_path:
             searching.cancel()
             left = time.monotonic()
             await until(lambda: meeting.n_waiting == 0)
-            assert time.monotonic() - left < 0.5
+            assert time.monotonic() - left < 2
             with pytest.raises(asyncio.CancelledError):
                 await searching
     searched = [s for s in collector.spans if s.name == "tworoads.v1.RetrievalService/Search"]
@@ -302,7 +302,7 @@ async def test_a_collector_that_does_not_answer_costs_no_call(
                     for _ in range(20):
                         assert (await client.ask(QUESTION, path="base")).text
                 ended = time.monotonic()
-            assert time.monotonic() - ended < 1.5
+            assert time.monotonic() - ended < 4
 
 
 async def test_no_text_of_a_user_is_in_a_span_a_log_line_or_a_metric(tmp_path: Path) -> None:
