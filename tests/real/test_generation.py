@@ -305,7 +305,7 @@ async def test_a_caller_that_leaves_frees_the_engine(
         call.cancel()
     start = time.monotonic()
     while await running(stub) > 1:
-        assert time.monotonic() - start < 1
+        assert time.monotonic() - start < 3
     # The engine itself says so too, with its next step.
     while metric(generation, "vllm:num_requests_running") > 1:
         assert (await stays.read()).text
@@ -313,7 +313,7 @@ async def test_a_caller_that_leaves_frees_the_engine(
     stays.cancel()
     start = time.monotonic()
     while await running(stub) > 0:
-        assert time.monotonic() - start < 1
+        assert time.monotonic() - start < 3
 
 
 async def test_a_deadline_frees_the_engine(stub: GenerationServiceStub) -> None:
@@ -323,7 +323,7 @@ async def test_a_deadline_frees_the_engine(stub: GenerationServiceStub) -> None:
     assert error.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
     start = time.monotonic()
     while await running(stub) > 0:
-        assert time.monotonic() - start < 1
+        assert time.monotonic() - start < 3
 
 
 async def test_eight_callers_are_answered_together(stub: GenerationServiceStub) -> None:

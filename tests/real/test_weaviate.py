@@ -22,9 +22,9 @@ from services.runtime.errors import Overloaded, TooLate, Unavailable
 from tests.stores_contract import *  # noqa: F403
 from tests.stores_contract import make_document, make_passage, put, spread, texts
 
-KNOWN_AWAY_SECONDS = 0.1
-NOTICED_SECONDS = 2.0
-RECOVERED_SECONDS = 5.0
+KNOWN_AWAY_SECONDS = 1.0
+NOTICED_SECONDS = 3.0
+RECOVERED_SECONDS = 10.0
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
