@@ -132,7 +132,7 @@ class Upload:
         while (document := await self._next()) is not None:
             try:
                 header = header_of(document)
-            except (TypeError, ValueError, AttributeError) as error:
+            except (TypeError, ValueError, AttributeError, OverflowError) as error:
                 self.failed.append(Ingested(document.id, "failed", "DOCUMENT_INVALID", str(error)))
                 continue
             yield pb.PutDocumentsRequest(document=header)

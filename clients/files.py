@@ -113,7 +113,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
 def _of_line(line: bytes, where: str, uri: str) -> NewDocument | Ingested:
     try:
         match fields := json.loads(line):
-            case {"id": str() | int(), "text": str()}:
+            case {"id": str() | int(), "text": str()} if not isinstance(fields["id"], bool):
                 return NewDocument(
                     id=str(fields["id"]),
                     content=fields["text"].encode(),

@@ -88,6 +88,7 @@ def test_other_json_lines_are_one_document(tmp_path):
         b"[]",
         b'{"id": "x"}',
         b'{"id": null, "text": "a"}',
+        b'{"id": true, "text": "a"}',
         b'{"id": "x", "text": 5}',
         b'{"id": "x", "text": "\\ud800"}',
         b'{"id": "x", "text": "\xff"}',

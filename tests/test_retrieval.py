@@ -2,9 +2,11 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable
+from datetime import UTC
 
 import grpc
 import pytest
+from google.protobuf.timestamp_pb2 import Timestamp
 from tworoads.v1 import retrieval_pb2 as pb
 
 from services.retrieval.stores.store import MOST_COLUMNS, CorpusKey
@@ -83,6 +85,43 @@ async def test_changed_metadata_or_title_alone_is_indexed_again(stack):
     await put(stack, document("a", "owls hunt"))
     again = await put(stack, document("a", "owls hunt", title="Owls"))
     assert again["a"].outcome == pb.DOCUMENT_OUTCOME_INDEXED
+
+
+async def test_a_time_in_place_of_a_text_of_the_same_letters_is_indexed_again(stack):
+    time = Timestamp(seconds=0)
+    text = time.ToDatetime(tzinfo=UTC).isoformat()
+    for value in (pb.MetadataValue(string_value=text), pb.MetadataValue(time_value=time)):
+        results = await put(stack, document("a", "owls", metadata={"k": value}))
+        assert results["a"].outcome == pb.DOCUMENT_OUTCOME_INDEXED
+    same = pb.Condition(key="k", value=value)
+    assert await search(stack, "owls", filter=pb.Filter(conditions=[same])) == ["a"]
+
+
+async def test_headers_are_small_whatever_is_sent(stack):
+    long = "x" * 1_000_000
+    results = await put(
+        stack,
+        document(long, "owls"),
+        document("a", "owls", media_type=long),
+        document("b", "owls", title=long),
+    )
+    assert results[long[:512]].reason == "DOCUMENT_ID_INVALID"
+    assert results["a"].reason == "MEDIA_TYPE_UNKNOWN"
+    kept = await stack.retrieval.GetDocument(pb.GetDocumentRequest(corpus="c", id="b"))
+    assert len(kept.document.title) == 200
+
+
+async def test_a_page_of_documents_fits_into_a_message(stack, monkeypatch):
+    monkeypatch.setattr("services.retrieval.service.MOST_PAGE_BYTES", 5000)
+    value = pb.MetadataValue(string_value="語" * 1000)
+    await put(stack, *(document(f"d{n}", "owls", metadata={"k": value}) for n in range(5)))
+    pages, token = [], ""
+    while token or not pages:
+        request = pb.ListDocumentsRequest(corpus="c", page_token=token)
+        page = await stack.retrieval.ListDocuments(request)
+        pages.append([one.id for one in page.documents])
+        token = page.next_page_token
+    assert pages == [["d0", "d1"], ["d2", "d3"], ["d4"]]
 
 
 async def test_a_changed_document_shows_only_its_new_passages(stack):

@@ -17,6 +17,7 @@ MOST_METADATA = 32
 MOST_VALUE = 1024
 MOST_ID = 512
 MOST_URI = 2048
+MOST_MEDIA_TYPE = 256
 MOST_QUERY = 8192
 MOST_LIMIT = 100
 DEFAULT_LIMIT = 5
@@ -56,6 +57,13 @@ def uri(text: str) -> str:
     """Return a uri if it is short enough. Raises InvalidInput (URI_INVALID)."""
     if len(text) > MOST_URI:
         raise InvalidInput("URI_INVALID", f"a uri has at most {MOST_URI} characters")
+    return text
+
+
+def media_type(text: str) -> str:
+    """Return a media type if it is short enough. Raises InvalidInput (MEDIA_TYPE_UNKNOWN)."""
+    if len(text) > MOST_MEDIA_TYPE:
+        raise InvalidInput("MEDIA_TYPE_UNKNOWN", "there is no such media type")
     return text
 
 

@@ -21,6 +21,7 @@ from services.retrieval.chunking import chunk
 from services.retrieval.corpora import HEADROOM, Corpora, Corpus
 from services.retrieval.embedder import Embedder
 from services.retrieval.parser import Parser
+from services.retrieval.sharing import Share, Sharing
 from services.retrieval.stores import rows
 from services.retrieval.stores.store import (
     CorpusKey,
@@ -32,10 +33,10 @@ from services.retrieval.stores.store import (
 from services.runtime.errors import InvalidInput
 
 AT_ONCE = 64  # documents between arrival and commit
-BYTES_AT_ONCE = 128 * 1024 * 1024
 LOOKED_UP = 256  # documents that are compared with the store in one call
 COMMITTED = 2048  # passages of one commit, more only for a document that has more
 TITLE_CHARS = 200
+TEXT_BYTES = 4  # that a character takes of room
 
 DOCUMENTS = Counter("tworoads_documents_ingested", "Documents that were ingested.", ["outcome"])
 PASSAGES = Counter("tworoads_passages_indexed", "Passages that were indexed.")
@@ -46,7 +47,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Incoming:
-    """A document as it was sent, checked; `error` says why it cannot be indexed."""
+    """A document as it was sent, checked; `size` is that of its header and content, in bytes,
+    `error` says why it cannot be indexed."""
 
     id: str
     title: str = ""
@@ -54,11 +56,13 @@ class Incoming:
     media_type: str = ""
     metadata: dict[str, MetadataValue] = field(default_factory=dict)
     content: bytes = b""
+    size: int = 0
     error: InvalidInput | None = None
 
     def content_hash(self) -> str:
         """Return SHA-256 over all that decides what is indexed, in hexadecimal."""
-        fields = [self.title, self.uri, self.media_type, sorted(self.metadata.items())]
+        typed = {rows.column(key, value): value for key, value in self.metadata.items()}
+        fields = [self.title, self.uri, self.media_type, sorted(typed.items())]
         digest = hashlib.sha256(json.dumps(fields, default=datetime.isoformat).encode())
         digest.update(self.content)
         return digest.hexdigest()
@@ -92,8 +96,18 @@ class _Prepared:
     vectors: NDArray[np.float32]
 
 
+@dataclass
+class _OnTheWay:
+    """A document between arrival and commit: its size, and what its text takes of room."""
+
+    size: int
+    text: int = 0
+    left: asyncio.Event = field(default_factory=asyncio.Event)
+
+
 class Ingest:
-    """Indexes the documents of one stream: `put` each, `finish`, and meanwhile read `results`."""
+    """Indexes the documents of one stream: `put` each, `finish`, and meanwhile read `results`.
+    `close` it when it has ended, however it did."""
 
     def __init__(
         self,
@@ -105,7 +119,7 @@ class Ingest:
         embedder: Embedder,
         parser: Parser,
         committing: asyncio.Lock,
-        room: "Room",
+        sharing: Sharing,
     ) -> None:
         self.progress = Progress()
         self.results: asyncio.Queue[Result | None] = asyncio.Queue()
@@ -120,19 +134,26 @@ class Ingest:
         self._arrived: asyncio.Queue[Incoming | None] = asyncio.Queue(LOOKED_UP)
         self._prepared: asyncio.Queue[_Prepared | None] = asyncio.Queue(AT_ONCE)
         self._places = asyncio.Semaphore(AT_ONCE)
-        self._room = room
+        self._contents = Share(sharing.contents, key.tenant)
+        self._texts = Share(sharing.texts, key.tenant)
+        self._turns = sharing.turns(key.tenant)
         self._started: set[str] = set()
-        self._on_the_way: dict[str, tuple[int, asyncio.Event]] = {}
+        self._on_the_way: dict[str, _OnTheWay] = {}
 
     async def put(self, document: Incoming) -> None:
         """Take a document; waits while too many are on their way."""
-        await self._room.take(len(document.content))
+        await self._contents.take(document.size)
         self.progress.received += 1
         await self._arrived.put(document)
 
     async def finish(self) -> None:
         """Say that no document follows."""
         await self._arrived.put(None)
+
+    def close(self) -> None:
+        """Give back the room of what never came to its end."""
+        self._contents.close()
+        self._texts.close()
 
     async def run(self) -> None:
         """Work until every document has its result; None ends `results`."""
@@ -147,16 +168,17 @@ class Ingest:
             while more:
                 batch, more = await _waiting(self._arrived, LOOKED_UP)
                 for document, content_hash, stored in await self._look_up(batch):
+                    if document.error:
+                        self._failed(document, document.error)
+                        continue
                     if document.id in self._started:  # twice in this stream: one by one
                         stored = await self._stored_now(document.id)
                     self._started.add(document.id)
-                    if document.error:
-                        self._failed(document, document.error)
-                    elif stored == content_hash:
-                        self._finished(Result(document.id, "UNCHANGED"), len(document.content))
+                    if stored == content_hash:
+                        self._finished(Result(document.id, "UNCHANGED"), document.size)
                     else:
                         await self._places.acquire()
-                        self._on_the_way[document.id] = (len(document.content), asyncio.Event())
+                        self._on_the_way[document.id] = _OnTheWay(document.size)
                         tasks.create_task(self._prepare(document, content_hash))
         await self._prepared.put(None)
 
@@ -181,7 +203,7 @@ class Ingest:
     async def _stored_now(self, id: str) -> str:
         """Return the stored hash of a document once none of that id is on the way."""
         if id in self._on_the_way:
-            await self._on_the_way[id][1].wait()
+            await self._on_the_way[id].left.wait()
         known = await self._store.get_versions(self._key, [id])
         return known.get(id, ("", ""))[1]
 
@@ -193,7 +215,10 @@ class Ingest:
             self._failed(document, error)
 
     async def _parse_and_embed(self, document: Incoming, content_hash: str) -> _Prepared:
-        parsed = await self._parser.parse(document.content, document.media_type)
+        async with self._turns:
+            parsed = await self._parser.parse(document.content, document.media_type)
+            await self._texts.take(TEXT_BYTES * len(parsed.text))
+            self._on_the_way[document.id].text = TEXT_BYTES * len(parsed.text)
         await self._store.add_columns(self._key, rows.columns([document.metadata]))
         chunks = await asyncio.to_thread(chunk, parsed, self._tokenizer, self._corpus.chunk_tokens)
         version = uuid.uuid4().hex
@@ -273,40 +298,22 @@ class Ingest:
             self._finished(Result(document.id, "INDEXED", passages=document.passages), size)
 
     def _leave(self, id: str) -> int:
-        size, left = self._on_the_way.pop(id)
+        gone = self._on_the_way.pop(id)
+        self._texts.give(gone.text)
         self._places.release()
-        left.set()
-        return size
+        gone.left.set()
+        return gone.size
 
     def _failed(self, document: Incoming, error: InvalidInput) -> None:
         result = Result(document.id, "FAILED", error.reason, str(error))
-        self._finished(result, len(document.content))
+        self._finished(result, document.size)
 
     def _finished(self, result: Result, size: int) -> None:
-        self._room.give(size)
+        self._contents.give(size)
         self.progress.finished += 1
         DOCUMENTS.labels(result.outcome.lower()).inc()
         PASSAGES.inc(result.passages)
         self.results.put_nowait(result)
-
-
-class Room:
-    """A budget of bytes that all streams share. A document larger than all of it goes alone."""
-
-    def __init__(self, most: int = BYTES_AT_ONCE) -> None:
-        self._most = most
-        self._taken = 0
-        self._given = asyncio.Event()
-
-    async def take(self, size: int) -> None:
-        while self._taken and self._taken + size > self._most:
-            self._given.clear()
-            await self._given.wait()
-        self._taken += size
-
-    def give(self, size: int) -> None:
-        self._taken -= size
-        self._given.set()
 
 
 async def _waiting(queue: asyncio.Queue[T | None], most: int) -> tuple[list[T], bool]:

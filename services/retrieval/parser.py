@@ -37,6 +37,7 @@ class Parser:
         limits: Limits = DEFAULT_LIMITS,
         module: str = "services.retrieval.parsing",
     ) -> None:
+        self.processes = processes
         self._limits = limits
         self._slots = asyncio.Semaphore(processes)  # wakes callers in the order they came
         arguments = (module, str(seconds), str(memory_mb), json.dumps(asdict(limits)))

@@ -1,8 +1,8 @@
 """RetrievalService: checks the request, asks, fills the response."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import suppress
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import AsyncExitStack, aclosing
 from weakref import WeakValueDictionary
 
 import grpc
@@ -12,7 +12,7 @@ from tworoads.v1 import retrieval_pb2_grpc as pb_grpc
 from services.retrieval import checks, policies
 from services.retrieval.corpora import Corpora, Corpus
 from services.retrieval.embedder import Embedder
-from services.retrieval.ingest import Incoming, Ingest, Room
+from services.retrieval.ingest import Incoming, Ingest
 from services.retrieval.messages import (
     corpus_of,
     document_of,
@@ -23,6 +23,7 @@ from services.retrieval.messages import (
 )
 from services.retrieval.parser import Parser
 from services.retrieval.search import Searcher
+from services.retrieval.sharing import Sharing
 from services.retrieval.stores.store import CorpusKey, Store
 from services.runtime import tracing
 from services.runtime.call import author, tenant
@@ -30,6 +31,8 @@ from services.runtime.errors import InvalidInput, NotFound
 
 MOST_CHUNK = 1024 * 1024
 MOST_TEXT = 500_000
+MOST_TITLE = 1024
+MOST_PAGE_BYTES = 4 * 1024 * 1024  # of documents, which a page may exceed by one
 MOST_IDS = 1000
 PROGRESS_SECONDS = 1.0
 
@@ -52,7 +55,7 @@ class RetrievalService(pb_grpc.RetrievalServiceServicer):
         self._most_bytes = most_bytes
         self._corpora = Corpora(store, embedder, most_corpora)
         self._searcher = Searcher(store, self._corpora, embedder)
-        self._room = Room()
+        self._sharing = Sharing(parser.processes)
         self._committing: WeakValueDictionary[CorpusKey, asyncio.Lock] = WeakValueDictionary()
 
     async def CreateCorpus(
@@ -108,7 +111,7 @@ class RetrievalService(pb_grpc.RetrievalServiceServicer):
             self._embedder,
             self._parser,
             self._lock(key),
-            self._room,
+            self._sharing,
         )
         work = asyncio.create_task(_work(ingest, self._documents(request_iterator)))
         try:
@@ -127,8 +130,10 @@ class RetrievalService(pb_grpc.RetrievalServiceServicer):
             yield progress_of(ingest.progress)
         finally:
             work.cancel()
-            with suppress(asyncio.CancelledError):
-                await work
+            try:
+                await asyncio.gather(work, return_exceptions=True)
+            finally:
+                ingest.close()
 
     async def GetDocument(
         self, request: pb.GetDocumentRequest, context: grpc.aio.ServicerContext
@@ -155,9 +160,16 @@ class RetrievalService(pb_grpc.RetrievalServiceServicer):
         after = checks.after(request.page_token)
         await self._corpora.get(key)
         documents = await self._store.list_documents(key, after, size + 1)
+        page: list[pb.Document] = []
+        room = MOST_PAGE_BYTES
+        for document in documents[:size]:
+            page.append(document_of(document))
+            room -= page[-1].ByteSize()
+            if room < 0:
+                break
         return pb.ListDocumentsResponse(
-            documents=[document_of(document) for document in documents[:size]],
-            next_page_token=next_token([document.id for document in documents], size),
+            documents=page,
+            next_page_token=next_token([document.id for document in documents], len(page)),
         )
 
     async def DeleteDocuments(
@@ -224,38 +236,43 @@ class RetrievalService(pb_grpc.RetrievalServiceServicer):
 
     async def _documents(
         self, requests: AsyncIterator[pb.PutDocumentsRequest]
-    ) -> AsyncIterator[Incoming]:
-        """Put documents together from their parts."""
+    ) -> AsyncGenerator[Incoming]:
+        """Put documents together from their parts. Before it holds more than a chunk of one, it
+        waits for its turn, until that document is taken."""
         header: pb.PutDocumentsDocument | None = None
         content = bytearray()
         size = 0
         ended = False
-        async for request in requests:
-            part = request.WhichOneof("part")
-            if part == "end" and not ended:
-                ended = True
-            elif part == "chunk" and header is not None and not ended:
-                if len(request.chunk) > MOST_CHUNK:
-                    raise InvalidInput("CHUNK_TOO_LARGE", "a chunk has at most 1 MiB")
-                size += len(request.chunk)
-                if size <= self._most_bytes:
-                    content += request.chunk
+        async with AsyncExitStack() as turn:
+            async for request in requests:
+                part = request.WhichOneof("part")
+                if part == "end" and not ended:
+                    ended = True
+                elif part == "chunk" and header is not None and not ended:
+                    if len(request.chunk) > MOST_CHUNK:
+                        raise InvalidInput("CHUNK_TOO_LARGE", "a chunk has at most 1 MiB")
+                    if size <= MOST_CHUNK < size + len(request.chunk):
+                        await turn.enter_async_context(self._sharing.receiving(tenant()))
+                    size += len(request.chunk)
+                    if size <= self._most_bytes:
+                        content += request.chunk
+                    else:
+                        content.clear()
+                elif part == "document" and not ended:
+                    if header is not None:
+                        yield self._incoming(header, bytes(content), size)
+                        await turn.aclose()
+                    header, size = request.document, 0
+                    content = bytearray()
                 else:
-                    content.clear()
-            elif part == "document" and not ended:
-                if header is not None:
-                    yield self._incoming(header, bytes(content), size)
-                header, size = request.document, 0
-                content = bytearray()
-            else:
-                raise InvalidInput(
-                    "PART_OUT_OF_ORDER",
-                    "after `start` come documents, each with its chunks, then `end`",
-                )
-        if not ended:
-            raise InvalidInput("END_MISSING", "the stream broke off: it ends with `end`")
-        if header is not None:
-            yield self._incoming(header, bytes(content), size)
+                    raise InvalidInput(
+                        "PART_OUT_OF_ORDER",
+                        "after `start` come documents, each with its chunks, then `end`",
+                    )
+            if not ended:
+                raise InvalidInput("END_MISSING", "the stream broke off: it ends with `end`")
+            if header is not None:
+                yield self._incoming(header, bytes(content), size)
 
     def _incoming(self, header: pb.PutDocumentsDocument, content: bytes, size: int) -> Incoming:
         try:
@@ -264,14 +281,15 @@ class RetrievalService(pb_grpc.RetrievalServiceServicer):
                 raise InvalidInput("TOO_LARGE", f"a document has at most {most} MiB")
             return Incoming(
                 id=checks.document_id(header.id),
-                title=" ".join(header.title.split()),
+                title=" ".join(header.title[:MOST_TITLE].split()),
                 uri=checks.uri(header.uri),
-                media_type=header.media_type,
+                media_type=checks.media_type(header.media_type),
                 metadata=checks.metadata(header.metadata),
                 content=content,
+                size=len(content) + header.ByteSize(),
             )
         except InvalidInput as error:
-            return Incoming(id=header.id, error=error)
+            return Incoming(id=header.id[: checks.MOST_ID], error=error)
 
     async def _corpus(self, corpus: Corpus) -> pb.Corpus:
         key = CorpusKey(tenant(), corpus.name)
@@ -282,10 +300,11 @@ class RetrievalService(pb_grpc.RetrievalServiceServicer):
         return self._committing.setdefault(key, asyncio.Lock())
 
 
-async def _work(ingest: Ingest, documents: AsyncIterator[Incoming]) -> None:
+async def _work(ingest: Ingest, documents: AsyncGenerator[Incoming]) -> None:
     async def feed() -> None:
-        async for document in documents:
-            await ingest.put(document)
+        async with aclosing(documents):
+            async for document in documents:
+                await ingest.put(document)
         await ingest.finish()
 
     try:
