@@ -2,9 +2,10 @@
 
 import math
 import re
-import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
+
+from services.runtime.unicode import normalize
 
 # Digits with what may stand between them, then cut into readings in Python: no backtracking.
 WRITTEN = re.compile(
@@ -26,7 +27,7 @@ class Number:
 def numbers(text: str) -> Iterator[Number]:
     """Yield the numbers of a text; what has several dots, such as a version, is none."""
     # Thousands are joined before NFKC, which makes plain spaces of all.
-    text = unicodedata.normalize("NFKC", SPACES.sub("", text))
+    text = normalize("NFKC", SPACES.sub("", text))
     text = text.replace("\u066b", ".").replace("\u066c", ",")  # Arabic signs
     for match in WRITTEN.finditer(text):
         sign = -1.0 if match["sign"] in ("-", "\u2212") else 1.0
@@ -36,7 +37,7 @@ def numbers(text: str) -> Iterator[Number]:
 
 def bare(text: str) -> bool:
     """Return whether the text is one number and nothing else, but for a percent sign."""
-    match = WRITTEN.fullmatch(unicodedata.normalize("NFKC", SPACES.sub("", text)).strip())
+    match = WRITTEN.fullmatch(normalize("NFKC", SPACES.sub("", text)).strip())
     return bool(match and _readings(match["digits"]))
 
 

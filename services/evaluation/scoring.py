@@ -3,7 +3,6 @@
 import math
 import re
 import statistics
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 
@@ -13,6 +12,7 @@ from services.evaluation.numbers import bare, numbers, within
 from services.evaluation.patterns import check_patterns, matches
 from services.evaluation.words import answer_words, spoken_words
 from services.runtime.errors import InvalidInput
+from services.runtime.unicode import normalize
 
 __all__ = ["check_patterns", "chosen", "label_of", "score"]
 
@@ -70,7 +70,7 @@ def score(scoring: Scoring, text: str, answers: Sequence[str]) -> tuple[float, f
 def label_of(text: str) -> str:
     """Return a label without what may differ: case, quotes, a full stop at the end, and whether its
     words are joined by spaces, hyphens or underscores."""
-    label = unicodedata.normalize("NFKC", text).casefold().strip()
+    label = normalize("NFKC", text).casefold().strip()
     bare_label = ""
     while label != bare_label:
         bare_label, label = label, label.strip(QUOTES).rstrip(ENDS).strip()

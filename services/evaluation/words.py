@@ -5,6 +5,8 @@ import string
 import unicodedata
 from functools import lru_cache
 
+from services.runtime.unicode import normalize
+
 ARTICLES = frozenset(("a", "an", "the"))
 # Written without spaces: each character is a word.
 UNSPACED = (
@@ -60,7 +62,7 @@ def answer_words(text: str) -> tuple[str, ...]:
     is a word, a dot between digits stays (1.2 is not 12), and a text of nothing else keeps its
     articles or its punctuation.
     """
-    text = unicodedata.normalize("NFKC", text).casefold()
+    text = normalize("NFKC", text).casefold()
     words = DOT_INSIDE.sub(DOT, text).translate(DELETING).split()
     return tuple([word for word in words if word not in ARTICLES] or words or text.split())
 
@@ -69,7 +71,7 @@ def answer_words(text: str) -> tuple[str, ...]:
 def spoken_words(text: str) -> tuple[str, ...]:
     """Return the words whatever stands between them: `card_arrival` is two words, `1,234` is
     `1234` and `v1.2` is `1.2`; but `-7`, `C++` and `C#` are not `7` and `C`."""
-    text = unicodedata.normalize("NFKC", text).casefold()
+    text = normalize("NFKC", text).casefold()
     words = THOUSANDS.sub("", text)
     words = DOT_INSIDE.sub(DOT, words)
     words = NEGATIVE.sub(MINUS, words)

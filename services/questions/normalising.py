@@ -4,7 +4,10 @@ import hashlib
 import unicodedata
 from collections.abc import Callable
 
+from services.runtime.unicode import normalize
+
 KEPT = frozenset("#%&*+-/@\\_")  # parts of names and of code: C#, a-b, x_y
+MANY = 0x3000  # from here on code points are not kept: all of them would take 80 MB
 CJK = range(0x3040, 0xA000)  # written without spaces: each character is a word
 
 
@@ -17,8 +20,10 @@ class _Table(dict[int, str | int]):
             self[code] = f" {char} "
         elif unicodedata.category(char).startswith("P") and char not in KEPT:
             self[code] = " "
-        else:
+        elif code < MANY:
             self[code] = code
+        else:
+            return code
         return self[code]
 
 
@@ -27,7 +32,7 @@ TABLE = _Table()
 
 def normalised(text: str) -> str:
     """Return the words of a text in one case, a space between them."""
-    text = unicodedata.normalize("NFKC", text).casefold()
+    text = normalize("NFKC", text).casefold()
     return " ".join(text.translate(TABLE).split()) or text
 
 

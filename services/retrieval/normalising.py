@@ -1,7 +1,8 @@
 """The one form that the text of every document has."""
 
 import re
-import unicodedata
+
+from services.runtime.unicode import normalize
 
 # Controls; soft hyphen; zero-width characters; bidi marks, overrides and isolates; surrogates;
 # noncharacters; tags and supplementary variation selectors. None can be seen, all can hide words.
@@ -27,7 +28,7 @@ def normalise(text: str) -> str:
     """
     text = _INVISIBLE.sub("", _NEWLINE.sub("\n", text))
     if not text.isascii():
-        text = unicodedata.normalize("NFC", _NO_BREAK_SPACE.sub(" ", text))
-        text = unicodedata.normalize("NFC", _JOINER.sub("", text))
+        text = normalize("NFC", _NO_BREAK_SPACE.sub(" ", text))
+        text = normalize("NFC", _JOINER.sub("", text))
     text = "\n".join(line.rstrip() for line in text.split("\n"))
     return _BLANK_LINES.sub("\n\n", text)

@@ -29,6 +29,7 @@ from weaviate.exceptions import UnexpectedStatusCodeError
 
 from services.retrieval.stores import rows
 from services.retrieval.stores.store import Condition, Filter, MetadataValue
+from services.runtime.unicode import normalize
 
 RECORDS = "TworoadsRecords"
 DOCUMENTS = "TworoadsDocuments"
@@ -93,7 +94,7 @@ async def ensure_metadata(collection: CollectionAsync[Any, Any], names: Iterable
 def stems(texts: Sequence[str]) -> list[str]:
     """Return the stems of the words of each text, without accents."""
     stemmer = Stemmer.Stemmer("english")  # not safe to share between threads
-    plain = [unicodedata.normalize("NFKD", text).lower() for text in texts]
+    plain = [normalize("NFKD", text).lower() for text in texts]
     words = [WORD.findall("".join(c for c in t if not unicodedata.combining(c))) for t in plain]
     return [" ".join(stemmer.stemWords(one)) for one in words]
 
