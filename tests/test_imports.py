@@ -23,7 +23,7 @@ from services.runtime.errors import error_info
 from services.runtime.server import running
 from services.runtime.settings import ServerSettings
 from services.tuning.adapters import imports
-from services.tuning.adapters.imports import AT_ONCE, receive
+from services.tuning.adapters.imports import AT_ONCE, OF_TENANT, receive
 from services.tuning.adapters.registry import Registry
 from services.tuning.messages import adapter_message
 from services.tuning.schema import SCHEMA
@@ -381,13 +381,21 @@ async def test_a_caller_who_leaves_in_the_middle_leaves_nothing_behind(
 async def test_only_so_many_are_imported_at_once(
     stub: TuningServiceStub, service: Importing, files: dict[str, bytes]
 ) -> None:
-    calls = [stub.ImportAdapter() for _ in range(AT_ONCE)]
-    for call in calls:
-        await call.write(start())
-    async with asyncio.timeout(10):
-        while len(imports.under_way) < AT_ONCE:
-            await asyncio.sleep(0)
-    assert await refused(stub, start()) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL")
+    full = (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL")
+    calls: list[grpc.aio.StreamUnaryCall] = []
+    for tenant in ("one", "two"):
+        mine = ((TENANT, tenant),)
+        for _ in range(OF_TENANT):
+            assert len(imports.under_way) < AT_ONCE
+            calls.append(stub.ImportAdapter(metadata=mine))
+            await calls[-1].write(start())
+            async with asyncio.timeout(10):
+                while len(imports.under_way) < len(calls):
+                    await asyncio.sleep(0)
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await stub.ImportAdapter(iter([start()]), metadata=mine)
+        assert error_info(error.value).reason == "QUEUE_FULL"
+    assert await refused(stub, start()) == full
     for call in calls:
         call.cancel()
     async with asyncio.timeout(10):

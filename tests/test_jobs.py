@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -251,6 +252,7 @@ async def test_a_job_goes_on_after_a_restart_at_every_state(tmp_path: Path, stat
 RUN_UNTIL_KILLED = """
 import asyncio, sys
 from pathlib import Path
+from types import SimpleNamespace
 from tests.small_tuning import created, small_tuning
 
 async def main():
@@ -491,6 +493,41 @@ async def test_an_adapter_is_measured_when_generation_is_back(stack: SmallTuning
         while (got := (await stack.stub.GetAdapter(wanted)).adapter).reason:
             pass
     assert got.state == pb.ADAPTER_STATE_READY and got.HasField("fidelity")
+
+
+async def test_tenants_take_turns_when_imported_adapters_are_measured(
+    stack: SmallTuning, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def imported(tenant: str, number: int) -> SimpleNamespace:
+        return SimpleNamespace(tenant=tenant, id=f"style@{number}", job="", reason="")
+
+    waiting = [imported("many", number) for number in range(5)]
+    order: list[tuple[str, str]] = []
+
+    async def measure(adapter: Any) -> tuple[Any, str]:
+        order.append((adapter.tenant, adapter.id))
+        if len(order) == 1:
+            waiting.extend(imported("few", number) for number in range(2))
+        if adapter.id != "style@1":  # that one stays as it is
+            waiting.remove(adapter)
+        return adapter, ""
+
+    monkeypatch.setattr(stack.jobs._registry, "verifying", lambda: waiting[::-1])
+    monkeypatch.setattr(stack.jobs._maker, "measure", measure)
+    await stack.jobs._measure_imported()
+    assert order == [
+        *(("many", "style@0"), ("few", "style@0"), ("many", "style@1"), ("few", "style@1")),
+        *(("many", "style@2"), ("many", "style@3"), ("many", "style@4")),
+    ]
+
+
+async def test_a_training_that_takes_too_long_makes_room_for_the_next(tmp_path: Path) -> None:
+    async with small_tuning(tmp_path, training_seconds=1.0) as stack:
+        job = await ended(stack.stub, (await held(stack, "training")).id)
+        assert (job.state, job.reason) == (pb.JOB_STATE_FAILED, "TRAINING_TOO_LONG")
+        assert (job.restarts, stack.trainer.running) == (0, 0)
+        stack.trainer.open.set()
+        assert (await ended(stack.stub, (await created(stack.stub)).id)).adapter
 
 
 async def test_an_adapter_that_is_deleted_while_it_is_measured_fails_its_job(

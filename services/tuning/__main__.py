@@ -106,6 +106,7 @@ async def main(settings: Settings) -> None:
                 max_jobs=settings.max_jobs,
                 max_queued=settings.max_queued,
                 retry_seconds=settings.retrieval_seconds,
+                training_seconds=settings.max_training_hours * 3600,
             ) as jobs:
                 tmp, max_rank = folder / "tmp", settings.max_lora_rank
                 most_bytes = settings.upload_mb * MEBIBYTE

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import shutil
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 from typing import Self
@@ -31,7 +32,8 @@ class Jobs(Queue[Job, Progress]):
     """Makes at most `max_jobs` jobs at once while it is open; at most `max_queued` of a tenant
     wait, and tenants take turns.
 
-    `retry_seconds` is how long retrieval may be away before a job fails.
+    `retry_seconds` is how long retrieval may be away before a job fails, `training_seconds` how
+    long its training may take.
     """
 
     store: JobStore
@@ -50,6 +52,7 @@ class Jobs(Queue[Job, Progress]):
         max_jobs: int = 1,
         max_queued: int = 100,
         retry_seconds: float = 300.0,
+        training_seconds: float = 72 * 3600.0,
         heartbeat_seconds: float = HEARTBEAT_SECONDS,
     ) -> None:
         super().__init__(
@@ -71,6 +74,7 @@ class Jobs(Queue[Job, Progress]):
             retrieval,
             self._changed,
             retry_seconds,
+            training_seconds,
         )
         self._imported = asyncio.Event()
 
@@ -104,9 +108,20 @@ class Jobs(Queue[Job, Progress]):
         shutil.rmtree(self._folder / id, ignore_errors=True)
 
     async def _measure_imported(self) -> None:
-        for adapter in await in_thread(self._registry.verifying):
-            if not adapter.job:  # else it is measured by its job
-                await self._measure(adapter)
+        tried: set[tuple[str, str]] = set()
+        turns: Counter[str] = Counter()
+        while True:  # tenants take turns, the oldest adapter first
+            imported = [
+                adapter
+                for adapter in await in_thread(self._registry.verifying)
+                if not adapter.job and (adapter.tenant, adapter.id) not in tried
+            ]  # one of a job is measured by that
+            if not imported:
+                break
+            adapter = min(reversed(imported), key=lambda one: turns[one.tenant])
+            tried.add((adapter.tenant, adapter.id))
+            turns[adapter.tenant] += 1
+            await self._measure(adapter)
         for adapter in await in_thread(self._registry.unmeasured, AWAY):
             if await self._measure(adapter) == AWAY:  # so it is for the others
                 return

@@ -55,7 +55,8 @@ class Verifier(Protocol):
 
 class Maker:
     """Makes the adapters of jobs. `folder` has a folder for each job, named by its id; `changed` is
-    told the id of a job that has a new event. `retry_seconds` is how long retrieval may be away."""
+    told the id of a job that has a new event. `retry_seconds` is how long retrieval may be away,
+    `training_seconds` how long a training may take."""
 
     def __init__(
         self,
@@ -69,6 +70,7 @@ class Maker:
         retrieval: RetrievalServiceStub,
         changed: Callable[[str], None],
         retry_seconds: float,
+        training_seconds: float,
     ) -> None:
         self._folder = folder
         self._store = store
@@ -80,6 +82,7 @@ class Maker:
         self._retrieval = retrieval
         self._changed = changed
         self._retry_seconds = retry_seconds
+        self._training_seconds = training_seconds
 
     async def make(self, job: Job) -> None:
         """Take a job through all states that it has not passed yet.
@@ -153,7 +156,15 @@ class Maker:
     async def _train(self, job: Job) -> tuple[Job, Trained]:
         while True:
             try:
-                return job, await self._train_once(job)
+                async with asyncio.timeout(self._training_seconds) as limit:
+                    return job, await self._train_once(job)
+            except TimeoutError as error:
+                if not limit.expired():
+                    raise
+                hours = f"{self._training_seconds / 3600:,.3g}"
+                raise TrainingFailed(
+                    "TRAINING_TOO_LONG", f"the training took over {hours} hours, the most allowed"
+                ) from error
             except TrainingFailed as error:
                 if error.reason not in RESTARTED or job.restarts == MOST_RESTARTS:
                     raise

@@ -47,6 +47,9 @@ class Settings(ServerSettings):
     upload_mb: int = Field(256, gt=0)
     """The largest upload of examples and questions that is taken, in MiB."""
 
+    max_training_hours: float = Field(72.0, gt=0)
+    """How long a training may take, from its last start on; one that takes longer fails."""
+
     retrieval_seconds: float = Field(300.0, ge=0)
     """How long retrieval may be away before a job that needs it fails."""
 

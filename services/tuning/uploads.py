@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 import uuid
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import suppress
 from dataclasses import asdict
@@ -35,6 +36,7 @@ from services.tuning.messages import job_message
 MEBIBYTE = 1024 * 1024
 MOST_CHUNK = MEBIBYTE
 AT_ONCE = 4  # uploads, each of which holds its examples in memory
+OF_TENANT = 2  # of them: slow ones of one tenant must not keep the others out
 
 
 class Uploads:
@@ -59,7 +61,7 @@ class Uploads:
         self._max_rank = max_rank
         self._gpu = gpu
         self._most_bytes = most_bytes
-        self._running = 0
+        self._running: Counter[str] = Counter()
 
     async def receive(
         self, requests: AsyncIterator[pb.CreateJobRequest]
@@ -74,9 +76,10 @@ class Uploads:
         start = checks.start(first.start, self._base, self._max_rank, self._gpu)
         if not await in_thread(self._jobs.store.known, tenant(), start.idempotency_key):
             await self._jobs.room(tenant())
-        if self._running >= AT_ONCE:
-            raise Overloaded("QUEUE_FULL", f"{AT_ONCE} uploads are under way; try again later")
-        self._running += 1
+        mine = tenant()
+        if self._running.total() >= AT_ONCE or self._running[mine] >= OF_TENANT:
+            raise Overloaded("QUEUE_FULL", "too many uploads are under way; try again later")
+        self._running[mine] += 1
         folder = self._tmp / uuid.uuid4().hex
         try:
             upload = _Upload(folder, self._renderer, self._base.context_length, self._most_bytes)
@@ -92,7 +95,7 @@ class Uploads:
                 upload.close()
                 await in_thread(shutil.rmtree, folder, True)
         finally:
-            self._running -= 1
+            self._running[mine] -= 1
 
     async def _work(
         self, upload: "_Upload", start: checks.Start, requests: AsyncIterator[pb.CreateJobRequest]

@@ -29,6 +29,7 @@ from services.tuning.messages import context_of, probe_of
 MEBIBYTE = 1024 * 1024
 MOST_CHUNK = MEBIBYTE
 AT_ONCE = 4  # imports, each of which holds its probes and examples in memory
+OF_TENANT = 2  # of them: slow ones of one tenant must not keep the others out
 MOST_PROBES = 256
 MOST_PROBE_BYTES = 8 * MEBIBYTE  # of all probes
 MOST_EXAMPLE_BYTES = 256 * MEBIBYTE
@@ -37,7 +38,7 @@ MOST_LEARNING_RATE = 0.1
 MOST_HELD_OUT = 0.5
 ROUNDING = 1e-3  # a probability of 1 may come out a little higher
 
-under_way: set[Path] = set()  # the folders of this process's imports
+under_way: dict[Path, str] = {}  # the folders of this process's imports, and whose they are
 
 
 @dataclass(frozen=True)
@@ -66,10 +67,11 @@ async def receive(
     if first is None or first.WhichOneof("part") != "start":
         raise InvalidInput("START_MISSING", "the first message says what is imported")
     start = _start(first.start, base)
-    if len(under_way) >= AT_ONCE:
-        raise Overloaded("QUEUE_FULL", f"{AT_ONCE} imports are under way; try again later")
+    mine = list(under_way.values()).count(tenant())
+    if len(under_way) >= AT_ONCE or mine >= OF_TENANT:
+        raise Overloaded("QUEUE_FULL", "too many imports are under way; try again later")
     folder = tmp / uuid.uuid4().hex
-    under_way.add(folder)
+    under_way[folder] = tenant()
     upload = _Upload(folder, base, max_rank)
     try:
         await in_thread(upload.open)
@@ -87,7 +89,7 @@ async def receive(
         try:
             await in_thread(upload.close)
         finally:
-            under_way.remove(folder)
+            del under_way[folder]
 
 
 class _Upload:
