@@ -393,7 +393,7 @@ async def test_only_so_many_are_imported_at_once(
                 while len(imports.under_way) < len(calls):
                     await asyncio.sleep(0)
         with pytest.raises(grpc.aio.AioRpcError) as error:
-            await stub.ImportAdapter(iter([start()]), metadata=mine)
+            await send(stub, start(), tenant=tenant)
         assert error_info(error.value).reason == "QUEUE_FULL"
     assert await refused(stub, start()) == full
     for call in calls:

@@ -91,7 +91,7 @@ def left(folder: Path) -> list[str]:
 
 async def nothing_left(folder: Path) -> None:
     """Wait until nothing lies there any more: a job says that it has ended, then it is cleared."""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(25):
         while left(folder):
             await asyncio.sleep(0)
 
@@ -348,13 +348,33 @@ async def test_a_caller_who_leaves_in_mid_upload_leaves_nothing(stack: SmallTuni
 async def test_only_so_many_uploads_are_taken_at_once(
     stack: SmallTuning, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(uploads, "AT_ONCE", 1)
-    call = stack.stub.CreateJob()
-    await call.write(start())
-    await call.read()
+    monkeypatch.setattr(uploads, "OF_TENANT", 1)
+    monkeypatch.setattr(uploads, "AT_ONCE", 2)
     full = (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL")
+    calls = []
+    for tenant in ("one", "two"):  # each finds a place that the other leaves it
+        mine = ((TENANT, tenant),)
+        calls.append(stack.stub.CreateJob(metadata=mine))
+        await calls[-1].write(start())
+        await calls[-1].read()
+        assert await refused(stack.stub.CreateJob(upload(), metadata=mine)) == full
     assert await refused(stack.stub.CreateJob(upload())) == full
-    call.cancel()
+    for call in calls:
+        call.cancel()
+
+
+async def test_a_tenant_whose_share_of_the_disk_is_full_keeps_no_other_out(tmp_path: Path) -> None:
+    full = (grpc.StatusCode.RESOURCE_EXHAUSTED, "STORE_FULL")
+    async with small_tuning(tmp_path, most_bytes=5000) as stack:
+        job = await ended(stack.stub, (await created(stack.stub, idempotency_key="k")).id)
+        assert job.adapter
+        assert await refused(stack.stub.CreateJob(upload())) == full
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await stack.stub.ImportAdapter()
+        assert error_info(error.value).reason == "STORE_FULL"
+        assert (await created(stack.stub, idempotency_key="k")).id == job.id
+        others = stack.stub.CreateJob(upload(), metadata=OTHER_TENANT)
+        assert any([response.HasField("job") async for response in others])
 
 
 async def test_the_same_key_with_the_same_upload_is_the_same_job(stack: SmallTuning) -> None:

@@ -1,6 +1,7 @@
 """`python -m services.tuning --model FOLDER`"""
 
 import asyncio
+import math
 import os
 import sys
 from contextlib import closing
@@ -25,7 +26,7 @@ from services.tuning.adapters import base_model
 from services.tuning.adapters.registry import Registry
 from services.tuning.adapters.verifying import Verifier
 from services.tuning.data.examples import Examples
-from services.tuning.jobs import Jobs
+from services.tuning.jobs import GIBIBYTE, Jobs
 from services.tuning.schema import SCHEMA
 from services.tuning.service import TuningService
 from services.tuning.settings import Settings
@@ -107,6 +108,7 @@ async def main(settings: Settings) -> None:
                 max_queued=settings.max_queued,
                 retry_seconds=settings.retrieval_seconds,
                 training_seconds=settings.max_training_hours * 3600,
+                most_bytes=settings.max_tenant_gb * GIBIBYTE or math.inf,
             ) as jobs:
                 tmp, max_rank = folder / "tmp", settings.max_lora_rank
                 most_bytes = settings.upload_mb * MEBIBYTE

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import shutil
 from collections import Counter
 from contextlib import suppress
@@ -11,8 +12,9 @@ from typing import Self
 from tworoads.v1.retrieval_pb2_grpc import RetrievalServiceStub
 
 from services.prompts.rendering import Renderer
+from services.runtime import disk
 from services.runtime.database import Database
-from services.runtime.errors import NotFound
+from services.runtime.errors import NotFound, Overloaded
 from services.runtime.queue import HEARTBEAT_SECONDS, Failed, Queue
 from services.runtime.threads import in_thread
 from services.tuning.adapters.base_model import BaseModel
@@ -23,6 +25,7 @@ from services.tuning.store import JobStore
 from services.tuning.training.trainer import TrainingFailed
 
 MOST_LOG = 16 * 1024  # bytes
+GIBIBYTE = 1024**3
 AWAY = "GENERATION_UNAVAILABLE"  # why an adapter is UNMEASURED until generation is back
 
 log = logging.getLogger(__name__)
@@ -33,7 +36,8 @@ class Jobs(Queue[Job, Progress]):
     wait, and tenants take turns.
 
     `retry_seconds` is how long retrieval may be away before a job fails, `training_seconds` how
-    long its training may take.
+    long its training may take, `most_bytes` what jobs and adapters of a tenant may take of the
+    disk.
     """
 
     store: JobStore
@@ -53,6 +57,7 @@ class Jobs(Queue[Job, Progress]):
         max_queued: int = 100,
         retry_seconds: float = 300.0,
         training_seconds: float = 72 * 3600.0,
+        most_bytes: float = math.inf,
         heartbeat_seconds: float = HEARTBEAT_SECONDS,
     ) -> None:
         super().__init__(
@@ -63,6 +68,7 @@ class Jobs(Queue[Job, Progress]):
             heartbeat_seconds=heartbeat_seconds,
         )
         self._registry = registry
+        self._most_bytes = most_bytes
         self._maker = Maker(
             self._folder,
             self.store,
@@ -83,6 +89,20 @@ class Jobs(Queue[Job, Progress]):
         self._keep_doing(self._measure_imported, self._imported)
         self._keep_doing(self._sweep, asyncio.Event())
         return self
+
+    async def space(self, tenant: str) -> None:
+        """Raise Overloaded (STORE_FULL) if a tenant has as much on the disk as it may."""
+        if await in_thread(self._used, tenant) >= self._most_bytes:
+            raise Overloaded(
+                "STORE_FULL",
+                f"your jobs and adapters take the {self._most_bytes / GIBIBYTE:,.3g} GiB that they "
+                "may; what is deleted counts for a day",
+            )
+
+    def _used(self, tenant: str) -> int:
+        unended = [job for job in self.store.unended() if job.tenant == tenant]
+        of_jobs = sum(disk.size(self._folder / job.id) for job in unended)
+        return of_jobs + disk.size(self._registry.folder(tenant))
 
     def measure(self) -> None:
         """Measure the imported adapters that are VERIFYING, in the background; then those that are

@@ -112,6 +112,7 @@ class TuningService(pb_grpc.TuningServiceServicer):
         request_iterator: AsyncIterator[pb.ImportAdapterRequest],
         context: grpc.aio.ServicerContext,
     ) -> pb.ImportAdapterResponse:
+        await self._jobs.space(tenant())
         try:
             adapter = await imports.receive(
                 request_iterator, self._registry, self._base, self._max_rank, self._tmp

@@ -47,6 +47,9 @@ class Settings(ServerSettings):
     upload_mb: int = Field(256, gt=0)
     """The largest upload of examples and questions that is taken, in MiB."""
 
+    max_tenant_gb: float = Field(0.0, ge=0)
+    """What the jobs and adapters of a tenant may take of the disk, in GiB; 0 for all of it."""
+
     max_training_hours: float = Field(72.0, gt=0)
     """How long a training may take, from its last start on; one that takes longer fails."""
 

@@ -76,6 +76,7 @@ class Uploads:
         start = checks.start(first.start, self._base, self._max_rank, self._gpu)
         if not await in_thread(self._jobs.store.known, tenant(), start.idempotency_key):
             await self._jobs.room(tenant())
+            await self._jobs.space(tenant())
         mine = tenant()
         if self._running.total() >= AT_ONCE or self._running[mine] >= OF_TENANT:
             raise Overloaded("QUEUE_FULL", "too many uploads are under way; try again later")

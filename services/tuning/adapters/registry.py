@@ -383,9 +383,12 @@ class Registry:
             _store(rows, record, standing=True)
             return record.adapter
 
+    def folder(self, tenant: str) -> Path:
+        """Return the folder of a tenant's adapters, in which the deleted ones are for a day."""
+        return self._adapters / hashlib.sha256(tenant.encode()).hexdigest()
+
     def _place(self, adapter: Adapter) -> Path:
-        tenant = hashlib.sha256(adapter.tenant.encode()).hexdigest()
-        return self._adapters / tenant / adapter.manifest.name / adapter.hash
+        return self.folder(adapter.tenant) / adapter.manifest.name / adapter.hash
 
     def _intact(self, record: Record) -> bool:
         """Say whether the files are what was registered. They are read again only when they were
