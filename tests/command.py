@@ -48,7 +48,7 @@ def in_a_thread(stack: AbstractAsyncContextManager[SmallStack]) -> Iterator[Smal
 
     thread = threading.Thread(target=asyncio.run, args=[serve()])
     thread.start()
-    assert started.wait(20)
+    assert started.wait(60)
     yield found[0]
     ends[0]()
     thread.join()

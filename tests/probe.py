@@ -165,7 +165,7 @@ async def probe(
 
 async def soon(awaitable: Any) -> Any:
     """Wait for what must come by itself."""
-    return await asyncio.wait_for(awaitable, 10)
+    return await asyncio.wait_for(awaitable, 25)
 
 
 async def failure(call: Any) -> grpc.aio.AioRpcError:
@@ -208,7 +208,7 @@ async def program() -> AsyncIterator[tuple[asyncio.subprocess.Process, int]]:
     )
     try:
         assert process.stderr
-        line = json.loads(await asyncio.wait_for(process.stderr.readline(), 10))
+        line = json.loads(await asyncio.wait_for(process.stderr.readline(), 60))
         yield process, int(line["message"].rpartition(" ")[2])
     finally:
         if process.returncode is None:

@@ -32,7 +32,7 @@ GENERATION = "tworoads.v1.GenerationService"
 TUNING = "tworoads.v1.TuningService"
 MODEL = Model("paced", "ab" * 32, "float32", 4096)
 TOGETHER = 8  # tokens that the real engine sends together at most
-START_SECONDS = 30
+START_SECONDS = 60
 
 
 class Settings(ServerSettings):

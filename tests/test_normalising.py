@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from services.retrieval.normalising import normalise
@@ -28,6 +28,7 @@ def test_what_cannot_be_seen_goes_and_the_rest_has_one_form(text, normal):
     assert normalise(text) == normal
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.text(st.characters() | st.sampled_from("e\u0301\u200c\u200d\u200b \n\r\u212a")))
 def test_normalising_twice_changes_nothing(text):
     once = normalise(text)

@@ -33,7 +33,7 @@ async def ended(pid):
     poll = select.poll()
     poll.register(handle, select.POLLIN)
     try:
-        return bool(await asyncio.to_thread(poll.poll, 10_000))
+        return bool(await asyncio.to_thread(poll.poll, 30_000))
     finally:
         os.close(handle)
 
@@ -80,7 +80,7 @@ async def test_a_document_that_is_too_large_is_not_even_sent():
     ],
 )
 async def test_a_document_that_takes_its_process_down_harms_no_other(document, reason):
-    seconds = 0.5 if document == b"hang" else 20
+    seconds = 4 if document == b"hang" else 20
     async with Parser(seconds=seconds, memory_mb=400, module=SLOW) as parser:
         before = await text_of(parser, b"pid")
         first, second = await asyncio.gather(
@@ -94,7 +94,7 @@ async def test_a_document_that_takes_its_process_down_harms_no_other(document, r
 
 
 async def test_a_hung_document_does_not_stop_those_beside_it():
-    async with Parser(processes=2, seconds=5, module=SLOW) as parser:
+    async with Parser(processes=2, seconds=60, module=SLOW) as parser:
         hung = asyncio.create_task(reason_of(parser, b"hang"))
         assert [await text_of(parser, b"x") for _ in range(50)] == ["x"] * 50
         assert not hung.done()

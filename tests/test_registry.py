@@ -329,7 +329,7 @@ def test_what_a_crash_left_is_swept_after_a_day(kept: Kept) -> None:
     (kept.folder / "tmp" / "half" / "a.b").touch()
     (kept.folder / "tmp" / "lone.file").touch()
     stays = kept.add(1, name="other")
-    kept.now = (kept.folder / "tmp" / "half").stat().st_mtime + DAY - 5
+    kept.now = (kept.folder / "tmp" / "half").stat().st_mtime + DAY - 600
     kept.registry.sweep()
     assert len(kept.left()) == 12
     kept.now += 3600

@@ -25,6 +25,7 @@ from tworoads.v1.retrieval_pb2 import PATH_RAG, PATH_TUNED
 from tworoads.v1.retrieval_pb2_grpc import RetrievalServiceStub
 from tworoads.v1.tuning_pb2_grpc import TuningServiceStub
 
+from clients.stack import free_addresses
 from services.evaluation.asking import Gateway
 from services.evaluation.comparison import ANSWERS as ANSWERS_FILE
 from services.evaluation.comparison import Prices
@@ -84,7 +85,7 @@ async def evaluation(stack: SmallStack) -> AsyncIterator[EvaluationServiceStub]:
 
 
 @asynccontextmanager
-async def gateway(stack: SmallStack, listen: str = "127.0.0.1:0") -> AsyncIterator[Server]:
+async def gateway(stack: SmallStack, listen: str) -> AsyncIterator[Server]:
     """Run one more gateway before the services of a stack."""
     stubs = {
         RETRIEVAL: RetrievalServiceStub,
@@ -121,8 +122,9 @@ async def test_a_run_waits_while_the_gateway_is_restarted_and_keeps_every_answer
     stack: SmallStack, tmp_path: Path
 ) -> None:
     stack.generation.hold_from = 20
+    [listen] = free_addresses(1)
     async with AsyncExitStack() as first:
-        listen = f"127.0.0.1:{(await first.enter_async_context(gateway(stack))).port}"
+        await first.enter_async_context(gateway(stack, listen))
         async with evaluation_service(tmp_path / "other", listen) as (_, channel, _):
             evaluation = EvaluationServiceStub(channel)
             comparison, _ = await created(evaluation, upload(questions(), concurrency=AT_ONCE))

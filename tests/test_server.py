@@ -171,9 +171,10 @@ asyncio.run(main())
 async def test_a_silent_caller_is_kept_and_a_frozen_one_holds_no_stream(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As in production at thirty times the pace: a ping every second."""
-    for key in ("keepalive_time_ms", "keepalive_timeout_ms", "http2.ping_timeout_ms"):
-        monkeypatch.setitem(servers.OPTIONS, f"grpc.{key}", servers.OPTIONS[f"grpc.{key}"] // 30)
+    """As in production at a faster pace: a ping every second, answered within 3.3 s."""
+    for key, pace in (("keepalive_time", 30), ("keepalive_timeout", 3), ("http2.ping_timeout", 3)):
+        name = f"grpc.{key}_ms"
+        monkeypatch.setitem(servers.OPTIONS, name, servers.OPTIONS[name] // pace)
     left = asyncio.Event()
 
     async def watch(request: bytes, context: Any) -> AsyncIterator[bytes]:
@@ -190,7 +191,7 @@ async def test_a_silent_caller_is_kept_and_a_frozen_one_holds_no_stream(
         try:
             assert process.stdout and await soon(process.stdout.readline())
             with pytest.raises(TimeoutError):
-                await asyncio.wait_for(left.wait(), 3.5)
+                await asyncio.wait_for(left.wait(), 5.5)
             process.send_signal(signal.SIGSTOP)
             await soon(left.wait())
         finally:
@@ -200,7 +201,7 @@ async def test_a_silent_caller_is_kept_and_a_frozen_one_holds_no_stream(
 
 async def scrape(port: int | None) -> str:
     def read() -> str:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as response:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=25) as response:
             return str(response.read(), "utf-8")
 
     return await asyncio.to_thread(read)
@@ -279,7 +280,7 @@ async def test_a_stop_lets_streams_end_and_refuses_new_calls() -> None:
         call = generation(b"")
         assert (await call.read()).text == "a"
         server.stop()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(25):
             while True:
                 try:
                     await channel.unary_unary(f"/{EMBEDDING}/Embed")(b"")
@@ -310,7 +311,7 @@ async def test_a_call_that_outlasts_the_grace_is_cancelled() -> None:
 
 
 async def test_while_it_drains_it_says_so_and_still_answers() -> None:
-    stoppable = Stoppable(ServerSettings(drain_seconds=0.5))
+    stoppable = Stoppable(ServerSettings(drain_seconds=4))
     server = await stoppable.ready()
     async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
         health = health_pb2_grpc.HealthStub(channel)

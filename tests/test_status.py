@@ -25,6 +25,7 @@ from typer.testing import CliRunner
 
 from clients.cli.app import app
 from clients.load import Load, load_of
+from clients.stack import free_addresses
 from services.gateway.replicas import Replicas
 from services.gateway.service import AnswerService
 from services.runtime import metrics
@@ -54,6 +55,14 @@ tworoads_work{kind="job",state="queued"} 5.0
 tworoads_work{kind="job",state="running"} 1.0
 tworoads_texts_waiting{kind="query"} 2.0
 """
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is there is shown, however long it takes to answer."""
+    monkeypatch.setattr("clients.load.SECONDS", 25.0)
+    monkeypatch.setattr("services.gateway.replicas.LOOK_SECONDS", 25.0)
+    monkeypatch.setattr("services.gateway.service.INFO_SECONDS", 25.0)
 
 
 @contextmanager
@@ -147,8 +156,11 @@ def test_a_gateway_that_is_not_there_is_an_error_of_one_sentence() -> None:
     assert ended.exit_code == 1 and "nothing answers at 127.0.0.1:1" in str(ended.exception)
 
 
-async def test_every_replica_is_looked_at_and_one_that_is_gone_is_down(tmp_path: Any) -> None:
+async def test_every_replica_is_looked_at_and_one_that_is_gone_is_down(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A name with three addresses: the first has a replica, another one a server of no model."""
+    monkeypatch.setattr("services.gateway.replicas.KEPT_SECONDS", 25.0)
     engine = FakeEngine()
     async with serving(engine, tmp_path, "127.0.0.1:1") as (_, first):
         port = first.rpartition(":")[2]
@@ -187,8 +199,9 @@ async def test_watching_goes_on_until_it_is_interrupted(tmp_path: Any) -> None:
         shown = ""
 
     async with serving(engine, tmp_path, "127.0.0.1:1") as (_, generation):
-        async with asyncio.timeout(40), AsyncExitStack() as served:
-            address = await served.enter_async_context(gateway(generation))
+        async with asyncio.timeout(120), AsyncExitStack() as served:
+            [address] = free_addresses(1)
+            await served.enter_async_context(gateway(generation, address))
             words = ("status", "--watch", "--address", address)
             with tworoads("", *words, stdout=terminal) as process:
                 os.close(terminal)
@@ -202,7 +215,7 @@ async def test_watching_goes_on_until_it_is_interrupted(tmp_path: Any) -> None:
                 process.send_signal(signal.SIGINT)
                 while await _read(screen):
                     pass
-                assert process.wait(10) == 0
+                assert process.wait(30) == 0
                 assert process.stderr and process.stderr.read() == ""
     os.close(screen)
 

@@ -235,7 +235,7 @@ def test_ctrl_c_leaves_the_job_running_and_says_how_to_go_on(stack, tuning, file
         while "step 1 of 4" not in shown:
             shown += process.stderr.readline()
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=10)
+        out, err = process.communicate(timeout=30)
     assert (process.returncode, out) == (130, "")
     assert err == (
         "The job goes on. `tworoads jobs watch job-0` shows it again,"

@@ -165,6 +165,11 @@ async def next_services(folder: Path, change: Change) -> AsyncIterator[Update]:
         yield update
 
 
+@pytest.fixture(autouse=True)
+def _progress_is_noted_as_often_on_any_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.tuning.making.PROGRESS_SECONDS", 25.0)
+
+
 @pytest.fixture
 async def channel(tmp_path: Path) -> AsyncIterator[grpc.aio.Channel]:
     """Today's stack, with an empty corpus "c"."""

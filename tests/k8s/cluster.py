@@ -24,7 +24,7 @@ from clients.stack import free_addresses
 from tests.k8s.programs import programs
 
 STAGES = Path(__file__).parent / "stages.yaml"
-START_SECONDS = 60
+START_SECONDS = 300
 ERROR = re.compile(r"^[EF]\d{4} |error|panic", re.IGNORECASE).search
 AUDIENCE = "https://kubernetes.default.svc"
 
@@ -69,7 +69,7 @@ class Cluster:
     def run(self, *arguments: str, given: str = "") -> "subprocess.CompletedProcess[str]":
         """Run kubectl, with `given` as its input, whether it succeeds or not."""
         return subprocess.run(
-            self.command(*arguments), input=given, capture_output=True, text=True, timeout=120
+            self.command(*arguments), input=given, capture_output=True, text=True, timeout=300
         )
 
     def kubectl(self, *arguments: str, given: str = "") -> str:
@@ -193,7 +193,7 @@ def running(nodes: Iterable[Node]) -> Iterator[Cluster]:
                 "--node-lease-duration-seconds=40",
             )
             cluster.apply([*(node.manifest() for node in nodes), *_storage(16)])
-            cluster.kubectl("wait", "--for=condition=Ready", "node", "--all", "--timeout=30s")
+            cluster.kubectl("wait", "--for=condition=Ready", "node", "--all", "--timeout=120s")
             yield cluster
         except Exception as error:
             error.add_note(cluster.story())

@@ -121,7 +121,7 @@ def installed(
     with running(way.nodes) as cluster:
         for file in definitions():
             cluster.kubectl("create", "-f", str(file))
-        cluster.kubectl("wait", "--for=condition=Established", "crd", "--all")
+        cluster.kubectl("wait", "--for=condition=Established", "crd", "--all", "--timeout=120s")
         if of_kind(objects, "Certificate"):
             _follow_the_guide(cluster, tmp_path_factory.mktemp("guide"))
         cluster.apply(of_kind(objects, "Namespace"))
@@ -134,7 +134,7 @@ def installed(
             cluster.apply([_BUCKET])
         warnings = cluster.apply(objects)
         installed = Installed(cluster, way, objects, warnings)
-        until(installed.is_ready, 60, f"every pod ready\n{warnings}")
+        until(installed.is_ready, 180, f"every pod ready\n{warnings}")
         yield installed
 
 
@@ -194,7 +194,8 @@ def empty() -> Iterator[Cluster]:
     metadata = {"name": NAMESPACE, "labels": labels}
     with running(MACHINES) as cluster:
         cluster.apply([{"apiVersion": "v1", "kind": "Namespace", "metadata": metadata}])
-        cluster.kubectl("wait", "--for=create", "serviceaccount/default", "-n", NAMESPACE)
+        account = ("serviceaccount/default", "-n", NAMESPACE)
+        cluster.kubectl("wait", "--for=create", *account, "--timeout=120s")
         yield cluster
 
 

@@ -86,7 +86,7 @@ def metrics_api(cluster: Cluster) -> Iterator[Metrics]:
         try:
             cluster.apply(_registration(server.server_port, certificate))
             api_service = f"apiservice/{API_SERVICE}"
-            cluster.kubectl("wait", "--for=condition=Available", "--timeout=30s", api_service)
+            cluster.kubectl("wait", "--for=condition=Available", "--timeout=120s", api_service)
             yield metrics
         finally:
             server.shutdown()

@@ -68,7 +68,7 @@ def followed(cluster: Cluster, namespace: str, group: Group) -> Iterator[Readine
                 now = json.loads(cluster.kubectl("get", "--raw", path))["items"]
                 return readiness.versions() == {pod["metadata"]["resourceVersion"] for pod in now}
 
-            until(all_seen, 10, "the last event of a pod")
+            until(all_seen, 60, "the last event of a pod")
         finally:
             events.kill()
             thread.join()

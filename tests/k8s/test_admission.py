@@ -125,7 +125,7 @@ def test_a_task_is_admitted_and_ends(installed: Installed) -> None:
             job = "job/now"
             source = f"--from={reference(task)}"
             cluster.kubectl("create", "job", "now", source, "-n", NAMESPACE)
-        cluster.kubectl("wait", "--for=condition=Complete", job, "-n", NAMESPACE, "--timeout=30s")
+        cluster.kubectl("wait", "--for=condition=Complete", job, "-n", NAMESPACE, "--timeout=120s")
         if task["kind"] == "CronJob":
             cluster.kubectl("delete", job, "-n", NAMESPACE)
 

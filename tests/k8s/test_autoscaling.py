@@ -12,7 +12,7 @@ from tests.k8s.manifests import Object, name, of_kind, reference
 from tests.k8s.metrics_api import Metrics, metrics_api
 
 BUSY = 3  # replicas that a test makes work for
-SECONDS = 30
+SECONDS = 120
 
 
 @dataclass(frozen=True)

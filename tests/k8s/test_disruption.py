@@ -27,7 +27,7 @@ def nodes(installed: Installed) -> Iterator[list[str]]:
         pytest.skip("the pods of the only node have nowhere to go")
     yield nodes
     installed.cluster.kubectl("uncordon", *nodes)
-    until(installed.is_ready, 60, "every pod ready again")
+    until(installed.is_ready, 180, "every pod ready again")
 
 
 def test_a_drain_of_two_nodes_is_held_by_the_budget(installed: Installed, nodes: list[str]) -> None:
@@ -38,11 +38,11 @@ def test_a_drain_of_two_nodes_is_held_by_the_budget(installed: Installed, nodes:
     drain = ("drain", "--ignore-daemonsets", "--delete-emptydir-data", *drained)
     cluster.kubectl("cordon", *nodes)  # what is evicted cannot come back elsewhere
     with followed(cluster, NAMESPACE, lambda pod: _budget(budgets, pod)) as readiness:
-        held = cluster.run(*drain, "--timeout=5s")
+        held = cluster.run(*drain, "--timeout=15s")
         assert held.returncode != 0
         assert "would violate the pod's disruption budget" in held.stderr
         cluster.kubectl("uncordon", *(node for node in nodes if node not in drained))
-        cluster.kubectl(*drain, "--timeout=60s")
+        cluster.kubectl(*drain, "--timeout=180s")
     assert _too_few(readiness, least) == {}
     left = cluster.get("pods", "-n", NAMESPACE)
     assert {pod["spec"].get("nodeName") for pod in left}.isdisjoint(drained)
@@ -64,7 +64,7 @@ def test_a_rolling_update_never_has_fewer_ready_pods_than_allowed(installed: Ins
     with followed(cluster, NAMESPACE, lambda pod: _workload(rolled, pod)) as readiness:
         for each in rolled:
             cluster.kubectl("rollout", "restart", reference(each), "-n", NAMESPACE)
-        until(installed.is_ready, 60, "every pod ready again")
+        until(installed.is_ready, 180, "every pod ready again")
     assert _too_few(readiness, least) == {}
 
 

@@ -44,7 +44,7 @@ def deployment(user: int, **strategy: object) -> Object:
 @pytest.fixture
 def cluster(empty: Cluster) -> Iterator[Cluster]:
     yield empty
-    empty.kubectl("delete", "all", "--all", "-n", NAMESPACE, "--wait", "--timeout=30s")
+    empty.kubectl("delete", "all", "--all", "-n", NAMESPACE, "--wait", "--timeout=120s")
 
 
 def test_a_pod_that_runs_as_root_is_refused(cluster: Cluster) -> None:
@@ -73,7 +73,7 @@ def test_a_rolling_update_takes_as_many_pods_as_the_strategy_lets_it(
 ) -> None:
     rolled = deployment(user=10001, maxUnavailable=allowed, maxSurge=0)
     cluster.apply([rolled])
-    status = ("rollout", "status", "deployment/careless", "-n", NAMESPACE, "--timeout=30s")
+    status = ("rollout", "status", "deployment/careless", "-n", NAMESPACE, "--timeout=120s")
     cluster.kubectl(*status)
     with followed(cluster, NAMESPACE, lambda pod: pod["metadata"]["labels"]["app"]) as readiness:
         cluster.kubectl("rollout", "restart", "deployment/careless", "-n", NAMESPACE)

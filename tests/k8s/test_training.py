@@ -89,7 +89,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     with running((Node("node-a", "a"), Node("gpu-a", "a", gpus=1))) as cluster:
         for file in definitions():
             cluster.kubectl("create", "-f", str(file))
-        cluster.kubectl("wait", "--for=condition=Established", "crd", "--all")
+        cluster.kubectl("wait", "--for=condition=Established", "crd", "--all", "--timeout=120s")
         cluster.apply([each for each in objects if each["kind"] in MINE] + claim)
         account = folder / "account"
         account.mkdir()
@@ -127,7 +127,7 @@ async def started(place: Place, folder: Path) -> Object:
     def runs() -> Object | None:
         return next((pod for pod in place.pods(folder) if is_ready(pod)), None)
 
-    return await asyncio.to_thread(until, runs, 30, "a pod that trains")
+    return await asyncio.to_thread(until, runs, 120, "a pod that trains")
 
 
 async def test_a_training_runs_on_a_gpu_by_the_account_of_tuning(
@@ -140,7 +140,7 @@ async def test_a_training_runs_on_a_gpu_by_the_account_of_tuning(
         assert pod["spec"]["nodeName"] == "gpu-a"
         assert pod["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "1"
         process = run(pod, tmp_path)
-        assert await asyncio.to_thread(process.wait, 20) == 0
+        assert await asyncio.to_thread(process.wait, 120) == 0
         place.say(pod, phase="Succeeded")
         items = [await first, *[item async for item in news]]
     assert items[-1] == Trained(0.5, 2.0, [[-0.1]])
@@ -224,7 +224,7 @@ async def test_a_training_without_a_free_gpu_waits(
     async with aclosing(place.trainer().train(folder, Options())) as news:
         said = asyncio.create_task(anext(news))
         await asyncio.to_thread(
-            until, lambda: "Insufficient nvidia.com/gpu" in caplog.text, 30, "a line in the log"
+            until, lambda: "Insufficient nvidia.com/gpu" in caplog.text, 120, "a line in the log"
         )
         holding.cancel()
         process = run(await started(place, folder), tmp_path)
@@ -297,7 +297,7 @@ def test_a_training_cannot_have_what_other_services_have(
     def refused() -> bool:  # a policy holds a moment after it was made
         return "tworoads-train" in place.cluster.run(*create, given=json.dumps(job)).stderr
 
-    until(refused, 20, "a refusal")
+    until(refused, 120, "a refusal")
 
 
 def test_the_trainjob_and_its_runtime_are_as_kubeflow_defines_them(place: Place) -> None:
@@ -317,7 +317,7 @@ async def test_a_trainjob_is_created_followed_and_deleted(place: Place, folder: 
 
     async with aclosing(place.trainer("trainjob.yaml").train(folder, Options())) as news:
         said = asyncio.create_task(anext(news))
-        [job] = await asyncio.to_thread(until, there, 20, "a TrainJob")
+        [job] = await asyncio.to_thread(until, there, 120, "a TrainJob")
         assert name(job) == f"training-{folder.name}"
         (folder / "news.json").write_text(SAID)
         assert await said == Progress(1, 2)

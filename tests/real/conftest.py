@@ -5,7 +5,6 @@ the user. `generation` is one running generation service; tests must leave it ru
 ends one starts its own with `start_generation`.
 """
 
-import socket
 import subprocess
 import sys
 from collections import deque
@@ -17,6 +16,8 @@ from threading import Thread
 from typing import IO
 
 import pytest
+
+from clients.stack import free_addresses
 
 MODELS = Path.home() / ".cache" / "tworoads" / "models"
 START_SECONDS = 600
@@ -34,7 +35,7 @@ class GenerationProcess:
 @contextmanager
 def start_generation(model: Path, *flags: str) -> Iterator[GenerationProcess]:
     """Run a generation service while the block runs. Raises RuntimeError if it does not start."""
-    metrics = f"127.0.0.1:{_free_port()}"
+    [metrics] = free_addresses(1)
     command = [sys.executable, "-m", "services.generation", "--model", str(model)]
     command += ["--listen", "127.0.0.1:0", "--metrics", metrics, "--grace-seconds", "1", *flags]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
@@ -78,9 +79,3 @@ def _port(process: "subprocess.Popen[str]") -> int:
 def _read_on(log: IO[str]) -> None:
     with suppress(ValueError):  # closed, if the service was killed
         deque(log, 0)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

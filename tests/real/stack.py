@@ -20,7 +20,7 @@ from clients.supervisor import Child, Supervisor
 COMMAND = Path(sys.executable).with_name("tworoads")
 UP_SECONDS = 600
 COMMAND_SECONDS = 300  # one command, which may train
-LIMIT = 120  # seconds for anything else, on a machine that does other things too
+LIMIT = 300  # seconds for anything else, on a machine that does other things too
 PARSE_SECONDS = 5
 
 

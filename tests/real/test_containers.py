@@ -37,7 +37,7 @@ pytestmark = [
 ]
 
 SERVICES = ("gateway", "embedding", "retrieval", "generation", "tuning", "evaluation")
-READY_SECONDS = 180.0
+READY_SECONDS = 600.0
 CALL_SECONDS = 60.0
 SERVING = health_pb2.HealthCheckResponse.SERVING
 DOCUMENT = "The full-time employees get 27 days of paid leave a year."
@@ -213,7 +213,7 @@ async def test_the_backup_at_night_asks_weaviate_as_its_administrator(
     made = {"weaviate-key": {"admin": b"admin-key\n"}}
     pod = Pod(workload, tmp_path, cluster.network, made)
     one = container(pod)
-    code = await asyncio.to_thread(pod.start(one, ours("retrieval")).wait, CALL_SECONDS)
+    code = await asyncio.to_thread(pod.start(one, ours("retrieval")).wait, READY_SECONDS)
     # It may, but this Weaviate has no bucket.
     said = pod.log(one["name"]).read_text()
     assert code == 1 and "Weaviate refused" in said and "s3 not found" in said, said
@@ -255,7 +255,7 @@ def _channel(cluster: Cluster, address: str, caller: str) -> grpc.aio.Channel:
 
 async def test_the_key_of_retrieval_may_not_do_more_than_it_must(cluster: Cluster) -> None:
     base = f"http://{cluster.network.address('weaviate', 8080)}/v1"
-    async with httpx.AsyncClient(trust_env=False) as client:
+    async with httpx.AsyncClient(trust_env=False, timeout=CALL_SECONDS) as client:
         for key, method, path, code in (
             ("", "GET", "/schema", 401),
             ("wrong", "GET", "/schema", 401),

@@ -41,8 +41,8 @@ pytestmark = pytest.mark.skipif(
 BUILD = {"UV_TORCH_BACKEND": "", "UV_LINK_MODE": "hardlink", "UV_COMPILE_BYTECODE": ""}
 SECRETS = {"weaviate-key": {"key": b"a-key-of-the-test\n"}}
 CLUSTER = ".tworoads.svc.cluster.local"  # as tests.real.container knows hosts
-MODEL_SECONDS = 120
-READY_SECONDS = 180
+MODEL_SECONDS = 600
+READY_SECONDS = 600
 STOP_SECONDS = 60
 DOCUMENT = "The full-time employees get 27 days of paid leave a year."
 

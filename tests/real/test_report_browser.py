@@ -82,7 +82,10 @@ async def test_the_report_runs_nothing_asks_nothing_fits_a_phone_and_prints(
 
 
 async def _page(port: str) -> str:
-    """Return the address of the first page's devtools."""
-    async with httpx.AsyncClient(trust_env=False) as client:
-        pages = (await client.get(f"http://127.0.0.1:{port}/json/list")).json()
-    return str(next(one["webSocketDebuggerUrl"] for one in pages if one["type"] == "page"))
+    """Return the address of the first page's devtools, once there is a page."""
+    async with asyncio.timeout(60), httpx.AsyncClient(trust_env=False, timeout=60) as client:
+        while True:
+            for one in (await client.get(f"http://127.0.0.1:{port}/json/list")).json():
+                if one["type"] == "page":
+                    return str(one["webSocketDebuggerUrl"])
+            await asyncio.sleep(0.1)

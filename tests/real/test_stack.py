@@ -30,7 +30,7 @@ from services.prompts.words import Shown, conversation
 from services.retrieval.media_types import DOCX, HTML, PDF, TEXT
 from tests.documents import docx, paragraph, pdf, zip_bomb
 from tests.real.load import Fact, Load
-from tests.real.stack import RunningStack, start_stack
+from tests.real.stack import LIMIT, RunningStack, start_stack
 
 HANDBOOK = Path(__file__).parents[2] / "examples" / "handbook"
 LEAVE = "How many days of paid leave do full-time employees get?"
@@ -44,7 +44,7 @@ FACTS = [
     ),
 ]
 SERVICES = ["embedding", "retrieval", "generation", "tuning", "evaluation", "gateway"]
-LEFT_SECONDS = 2.0
+LEFT_SECONDS = 10.0
 T = TypeVar("T")
 
 
@@ -78,7 +78,7 @@ async def drained(stream: AsyncIterator[T]) -> list[T]:
 
 async def again(call: Callable[[], Any]) -> Any:
     """Return what the call returns once the services see each other again after a crash."""
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(LIMIT):
         while True:
             try:
                 return await call()
@@ -163,7 +163,7 @@ def test_every_service_can_be_explored_and_called_without_its_protos(stack: Runn
             assert listed == expected[name]
             for full_name in listed:
                 request = health_pb2.HealthCheckRequest(service=full_name)
-                answer = health_pb2_grpc.HealthStub(channel).Check(request, timeout=5)
+                answer = health_pb2_grpc.HealthStub(channel).Check(request, timeout=LIMIT)
                 assert answer.status == health_pb2.HealthCheckResponse.SERVING
 
     with grpc.insecure_channel(stack.address) as channel:
@@ -175,9 +175,9 @@ def test_every_service_can_be_explored_and_called_without_its_protos(stack: Runn
             request_serializer=lambda request: request.SerializeToString(),
             response_deserializer=GetMessageClass(method.output_type).FromString,
         )
-        explored = call(GetMessageClass(method.input_type)(), timeout=10)
+        explored = call(GetMessageClass(method.input_type)(), timeout=LIMIT)
         generated = AnswerServiceStub(channel).GetServerInfo(
-            answer_pb2.GetServerInfoRequest(), timeout=10
+            answer_pb2.GetServerInfoRequest(), timeout=LIMIT
         )
     assert explored.SerializeToString() == generated.SerializeToString()
     assert generated.model and generated.context_length == 4096
@@ -229,9 +229,10 @@ async def test_a_caller_that_leaves_in_the_middle_frees_the_engine(
 
         async def running() -> int:
             request = generation_pb2.GenerationServiceGetModelRequest()
-            return int((await generation.GetModel(request, timeout=10)).running)
+            return int((await generation.GetModel(request, timeout=LIMIT)).running)
 
-        events = client.answer("Write a long story about a fox.", path="base", max_tokens=3000)
+        length = {"max_tokens": 3000, "min_tokens": 3000}
+        events = client.answer("Write a long story about a fox.", path="base", **length)
         while not isinstance(await anext(events), Text):
             pass
         assert await running() == 1
@@ -251,7 +252,7 @@ async def test_kill_9_under_load_fails_calls_as_unavailable_and_later_ones_are_r
         assert load.failures == []
         family = psutil.Process(stack.service(name).pid).children(recursive=True)
         killed = stack.kill(name)
-        _, alive = await asyncio.to_thread(psutil.wait_procs, family, 10)
+        _, alive = await asyncio.to_thread(psutil.wait_procs, family, 30)
         assert alive == []
         await stack.restarted(killed)
         await again(lambda: client.ask(LEAVE, handbook, "rag", max_tokens=1))

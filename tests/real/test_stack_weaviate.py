@@ -24,7 +24,7 @@ from tests.real.stack import LIMIT, Supervised, supervised, until
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 MODES: tuple[Mode, ...] = ("hybrid", "vector", "text")
-NOTICED_SECONDS = 2.0
+NOTICED_SECONDS = 10.0
 DOCUMENTS = {
     "bees": "Bees dance to show each other where the flowers are.",
     "owls": "Owls fly without a sound and hunt at night.",

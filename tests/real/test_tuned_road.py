@@ -28,7 +28,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 LEAVE = "How many days of paid leave do full-time employees get?"
 TRAINED = 32  # examples: enough to learn a form in a dozen steps
 ROLES = {"system": 1, "user": 2, "assistant": 3}
-STOP_SECONDS = 2.0
+STOP_SECONDS = 10.0
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +208,7 @@ async def test_a_killed_trainer_and_a_killed_service_cost_no_job(
         while (await client.job(id)).restarts == 0:
             await asyncio.sleep(0.1)
 
-    await asyncio.wait_for(restarted(), 60)
+    await asyncio.wait_for(restarted(), 120)
     await until(lambda: service.pid is not None and processes(service.pid))
     [second] = processes(service.pid)
     killed = stack.kill("tuning")

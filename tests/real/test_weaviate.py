@@ -22,9 +22,9 @@ from services.runtime.errors import Overloaded, TooLate, Unavailable
 from tests.stores_contract import *  # noqa: F403
 from tests.stores_contract import make_document, make_passage, put, spread, texts
 
-KNOWN_AWAY_SECONDS = 1.0
-NOTICED_SECONDS = 3.0
-RECOVERED_SECONDS = 10.0
+KNOWN_AWAY_SECONDS = 4.0
+NOTICED_SECONDS = 10.0
+RECOVERED_SECONDS = 30.0
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -154,7 +154,7 @@ async def test_a_call_ends_with_its_deadline(store: Store, key: CorpusKey) -> No
     try:
         with pytest.raises(TooLate):
             await store.search_text(key, "apple", 5)
-        assert time.monotonic() - now < 1
+        assert time.monotonic() - now < 5
     finally:
         call.current.reset(token)
 
