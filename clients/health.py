@@ -14,7 +14,7 @@ DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never b
 OPTIONS = [
     ("grpc.enable_http_proxy", 0),
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 5000),  # the time that a connection has to be made
     ("grpc.max_reconnect_backoff_ms", 300),
 ]
 

@@ -179,6 +179,26 @@ async def test_a_silent_peer_is_kept_and_a_frozen_one_noticed(
             assert await soon(call.code()) == StatusCode.UNAVAILABLE
 
 
+async def test_a_connection_over_a_slow_network_is_made() -> None:
+    async def forward(
+        reader: asyncio.StreamReader, writer: asyncio.StreamWriter, late: float
+    ) -> None:
+        await asyncio.sleep(late)
+        while part := await reader.read(65536):
+            writer.write(part)
+        writer.close()
+
+    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there = await asyncio.open_connection(*server.address.rsplit(":", 1))
+        await asyncio.gather(forward(reader, there[1], 0), forward(there[0], writer, 1.0))
+
+    async with probe() as server, await asyncio.start_server(connected, "127.0.0.1", 0) as proxy:
+        port = proxy.sockets[0].getsockname()[1]
+        async with connect(f"127.0.0.1:{port}", EMBEDDING) as channel:
+            embed = channel.unary_unary(f"/{EMBEDDING}/Embed")
+            assert await embed(b"", timeout=20) is not None
+
+
 async def test_a_web_proxy_in_the_environment_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("no_proxy", "NO_PROXY", "no_grpc_proxy"):
         monkeypatch.delenv(name, raising=False)

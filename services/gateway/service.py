@@ -126,7 +126,7 @@ class AnswerService(pb_grpc.AnswerServiceServicer):
         if not self._model:
             with downstream("generation"):
                 response = await self._generation.GetModel(
-                    GenerationServiceGetModelRequest(), **outgoing(INFO_SECONDS)
+                    GenerationServiceGetModelRequest(), **outgoing()
                 )
             self._model = response.id
         return self._model

@@ -24,7 +24,8 @@ OPTIONS = {
     "grpc.http2.max_pings_without_data": 0,
     "grpc.keepalive_permit_without_calls": 1,
     "grpc.initial_reconnect_backoff_ms": 200,
-    "grpc.min_reconnect_backoff_ms": 200,
+    # What its name does not say: the time that TCP, TLS and HTTP/2 have to connect.
+    "grpc.min_reconnect_backoff_ms": 5_000,
     "grpc.max_reconnect_backoff_ms": 5_000,
     # Channels of one process to one address would share a connection, and gRPC's health checks race
     # on it: the process dies of a null pointer when it reconnects (seen in 1.78.2).

@@ -31,7 +31,7 @@ PROBE_EVERY_SECONDS = 0.5
 PROBE_SECONDS = 5.0  # a busy server may be slow to say that it is ready
 CHANNEL_OPTIONS = [
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 5000),  # the time that a connection has to be made
     ("grpc.max_reconnect_backoff_ms", 1000),
 ]
 FULL = ("read-only", "read only", "readonly", "no space left")
